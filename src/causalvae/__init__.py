@@ -1,0 +1,20 @@
+"""Causal video VAEs: train, evaluate, stream and exchange them. Names load when they are first used."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from causalvae.models.base import VideoVAE
+    from causalvae.train.trainer import train
+
+__version__ = "0.1.0"
+__all__ = ["VideoVAE", "__version__", "train"]
+
+_HOMES = {"train": "causalvae.train.trainer", "VideoVAE": "causalvae.models.base"}
+
+
+def __getattr__(name: str) -> Any:  # Any: each public name has a type of its own
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'causalvae' has no attribute {name!r}")
+    return getattr(import_module(home), name)
