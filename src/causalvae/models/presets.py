@@ -33,10 +33,22 @@ class CausalVAEConfig:
     attention: bool = True
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels at each level."""
+        return tuple(self.hidden_size * mult for mult in self.hidden_size_mult)
+
+    @property
     def geometry(self) -> Geometry:
         """Downsample factors and latent channels that follow from the levels."""
         spatial = self.stem * 2 ** len(self.spatial_levels)
         return Geometry(temporal=2 ** len(self.temporal_levels), spatial=spatial, channels=self.z_channels)
 
 
-PRESETS: dict[str, CausalVAEConfig] = {}
+PRESETS: dict[str, CausalVAEConfig] = {
+    "causalvae-488": CausalVAEConfig(),
+    "causalvae-488-16ch": CausalVAEConfig(z_channels=16),
+    "tiny": CausalVAEConfig(
+        hidden_size=32, hidden_size_mult=(1, 2, 4), num_res_blocks=1, z_channels=8, spatial_levels=(0, 1),
+        temporal_levels=(0, 1), norm="channel", resampling="shuffle", stem=2, attention=False,
+    ),
+}

@@ -1,0 +1,62 @@
+"""What every video VAE here is: the protocol that trainer, streams and evaluation rely on, and its posterior."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from causalvae.geometry import Geometry
+from causalvae.models.presets import CausalVAEConfig
+from causalvae.models.stream import Stream
+
+LOGVAR_RANGE = (-30.0, 20.0)  # as the published weights were trained
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Diagonal Gaussian over latents. mean, logvar: b c k h w; logvar is clamped to [-30, 20]."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    @staticmethod
+    def of_moments(moments: Tensor) -> "Posterior":
+        """moments: b 2c k h w, mean and log variance joined along channels."""
+        mean, logvar = moments.chunk(2, dim=1)
+        return Posterior(mean, logvar.clamp(*LOGVAR_RANGE))
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """mean + std * noise, with noise standard normal of the same shape."""
+        return self.mean + torch.exp(0.5 * self.logvar) * noise
+
+    def mode(self) -> Tensor:
+        """The most likely latent, which is the mean."""
+        return self.mean
+
+    def kl(self) -> Tensor:
+        """Divergence from the standard normal, per clip, in nats, summed over c k h w: shape b, fp32."""
+        mean, logvar = self.mean.float(), self.logvar.float()
+        return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(dim=1)
+
+
+class VideoVAE(Protocol):
+    """An nn.Module with these."""
+
+    config: CausalVAEConfig
+    geometry: Geometry
+    streamable: bool
+    why_not_streamable: str
+    last_layer: nn.Module
+
+    def encode(self, x: Tensor, stream: Stream | None = None) -> Posterior:
+        """x: b 3 t h w in [-1, 1], t = 1 + temporal * n."""
+        ...
+
+    def decode(self, z: Tensor, stream: Stream | None = None) -> Tensor:
+        """z: b c k h w -> b 3 t h w, unclamped."""
+        ...
+
+    def forward(self, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Posterior]:
+        """Reconstruction and posterior. noise: standard normal in the latent's shape; None takes the mode."""
+        ...

@@ -1,0 +1,200 @@
+"""CausalVAE: the published convolutional family and our presets, in one class.
+
+`conv` resampling has the layers and names of Open-Sora-Plan's v1.1; `shuffle` has space-to-depth and back.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from causalvae.models.base import Posterior
+from causalvae.models.layers import (
+    CausalConv3d,
+    FrameAttention,
+    FrameConv,
+    FrameDownsample,
+    Norm,
+    ResnetBlock,
+    ShuffleDown,
+    ShuffleUp,
+    SpatialUpsample,
+    TimeDownsample,
+    TimeUpsample,
+    depth_to_space,
+    pointwise,
+    space_to_depth,
+)
+from causalvae.models.presets import CausalVAEConfig
+from causalvae.models.stream import Stream
+
+CLIP_NORM = "its GroupNorm takes statistics over all frames of a clip, so no part of it can be computed alone"
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, and what changes it afterwards. Named as in the published files."""
+
+    def __init__(self, blocks: list[nn.Module], resample: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(blocks)
+        for name, module in resample.items():
+            self.add_module(name, module)
+        self.order = tuple(resample)
+
+    def forward(self, x: Tensor, stream: Stream | None) -> Tensor:
+        """b c t h w -> b c' t' h' w'."""
+        for block in self.block:
+            x = block(x, stream)
+        for name in self.order:
+            module = self.get_submodule(name)
+            x = module(x, stream) if isinstance(module, TIMED) else module(x)
+        return x
+
+
+TIMED = (TimeDownsample, TimeUpsample, ShuffleDown, ShuffleUp)
+
+
+class Middle(nn.Module):
+    """Two residual blocks, with attention over each frame between them if the model has it."""
+
+    def __init__(self, channels: int, config: CausalVAEConfig) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, norm=config.norm)
+        self.attn_1 = FrameAttention(channels, norm=config.norm) if config.attention else None
+        self.block_2 = ResnetBlock(channels, channels, norm=config.norm)
+
+    def forward(self, x: Tensor, stream: Stream | None) -> Tensor:
+        """b c t h w -> the same shape."""
+        x = self.block_1(x, stream)
+        if self.attn_1 is not None:
+            x = self.attn_1(x)
+        return self.block_2(x, stream)
+
+
+class Encoder(nn.Module):
+    """Pixels to the moments of the posterior."""
+
+    def __init__(self, config: CausalVAEConfig) -> None:
+        super().__init__()
+        widths = config.widths
+        self.stem = (1, config.stem, config.stem)
+        flat = config.resampling == "conv"
+        c_pixels = 3 * config.stem**2
+        self.conv_in = FrameConv(c_pixels, widths[0], 3, padding=1) if flat else CausalConv3d(c_pixels, widths[0])
+        self.down = nn.ModuleList()
+        c = widths[0]
+        for i, width in enumerate(widths):
+            blocks, c = resnet_blocks(c, width, config=config, count=config.num_res_blocks, flat=flat and i < 2)
+            resample, c = _downsample(config, i, c)
+            self.down.append(Level(blocks, resample))
+        self.mid = Middle(c, config)
+        self.norm_out = Norm(c, config.norm)
+        self.conv_out = CausalConv3d(c, 2 * config.z_channels)
+
+    def forward(self, x: Tensor, stream: Stream | None) -> Tensor:
+        """b 3 t h w -> b 2c k h/8 w/8."""
+        h = x if self.stem[1] == 1 else space_to_depth(x, self.stem)
+        h = self.conv_in(h, stream)
+        for level in self.down:
+            h = level(h, stream)
+        h = self.mid(h, stream)
+        return self.conv_out(F.silu(self.norm_out(h)), stream)
+
+
+class Decoder(nn.Module):
+    """Latents to pixels. Levels are named by their resolution, so the last runs first."""
+
+    def __init__(self, config: CausalVAEConfig) -> None:
+        super().__init__()
+        widths = config.widths
+        self.stem = (1, config.stem, config.stem)
+        c = widths[-1]
+        self.conv_in = CausalConv3d(config.z_channels, c)
+        self.mid = Middle(c, config)
+        levels: list[Level] = []
+        count = config.num_res_blocks + (config.resampling == "conv")
+        for i in reversed(range(len(widths))):
+            blocks, c = resnet_blocks(c, widths[i], config=config, count=count, flat=False)
+            resample, c = _upsample(config, i, c)
+            levels.insert(0, Level(blocks, resample))
+        self.up = nn.ModuleList(levels)
+        self.norm_out = Norm(c, config.norm)
+        self.conv_out = CausalConv3d(c, 3 * config.stem**2)
+
+    def forward(self, z: Tensor, stream: Stream | None) -> Tensor:
+        """b c k h w -> b 3 t 8h 8w."""
+        h = self.mid(self.conv_in(z, stream), stream)
+        for level in reversed(self.up):
+            h = level(h, stream)
+        x = self.conv_out(F.silu(self.norm_out(h)), stream)
+        return x if self.stem[1] == 1 else depth_to_space(x, self.stem)
+
+
+def resnet_blocks(
+    c_in: int, c_out: int, *, config: CausalVAEConfig, count: int, flat: bool
+) -> tuple[list[nn.Module], int]:
+    """`count` blocks, the first of which changes the channels; and the channels that leave."""
+    blocks = [ResnetBlock(c_in if i == 0 else c_out, c_out, norm=config.norm, flat=flat) for i in range(count)]
+    return list(blocks), c_out
+
+
+def _downsample(config: CausalVAEConfig, level: int, c: int) -> tuple[dict[str, nn.Module], int]:
+    space, time = level in config.spatial_levels, level in config.temporal_levels
+    if config.resampling == "shuffle":
+        if not space:
+            return {}, c
+        c_next = config.widths[level + 1]
+        return {"downsample": ShuffleDown(c, c_next, temporal=time)}, c_next
+    modules: dict[str, nn.Module] = {"downsample": FrameDownsample(c)} if space else {}
+    if time:
+        modules["time_downsample"] = TimeDownsample(c)
+    return modules, c
+
+
+def _upsample(config: CausalVAEConfig, level: int, c: int) -> tuple[dict[str, nn.Module], int]:
+    # What the encoder did after level i - 1, the decoder undoes after its level i.
+    space, time = level - 1 in config.spatial_levels, level - 1 in config.temporal_levels
+    if config.resampling == "shuffle":
+        if not space:
+            return {}, c
+        c_next = config.widths[level - 1]
+        return {"upsample": ShuffleUp(c, c_next, temporal=time)}, c_next
+    modules: dict[str, nn.Module] = {"upsample": SpatialUpsample(c)} if space else {}
+    if time:
+        modules["time_upsample"] = TimeUpsample(c)
+    return modules, c
+
+
+class CausalVAE(nn.Module):
+    """A causal video VAE: encode, decode, and both with the reparameterised sample between them."""
+
+    def __init__(self, config: CausalVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.geometry = config.geometry
+        self.streamable = config.norm != "clip"
+        self.why_not_streamable = "" if self.streamable else CLIP_NORM
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        quant = config.resampling == "conv"
+        c = config.z_channels
+        self.quant_conv = pointwise(2 * c, 2 * c, flat=False) if quant else None
+        self.post_quant_conv = pointwise(c, c, flat=False) if quant else None
+
+    @property
+    def last_layer(self) -> nn.Module:
+        """The convolution that makes pixels."""
+        return self.decoder.conv_out.conv
+
+    def encode(self, x: Tensor, stream: Stream | None = None) -> Posterior:
+        """x: b 3 t h w in [-1, 1], t = 1 + temporal * n, h and w multiples of the spatial factor."""
+        moments = self.encoder(x, stream)
+        return Posterior.of_moments(moments if self.quant_conv is None else self.quant_conv(moments))
+
+    def decode(self, z: Tensor, stream: Stream | None = None) -> Tensor:
+        """z: b c k h w -> b 3 t h w, about [-1, 1], unclamped."""
+        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z), stream)
+
+    def forward(self, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Posterior]:
+        """Reconstruction and posterior of x. noise: standard normal in the latent's shape; None takes the mode."""
+        posterior = self.encode(x)
+        z = posterior.mode() if noise is None else posterior.sample(noise)
+        return self.decode(z), posterior

@@ -1,0 +1,235 @@
+"""The layers that causal video VAEs are made of. Names of parameters are those of the published models.
+
+All of them take b c t h w. A layer that spans time takes a `stream` (see models/stream.py).
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from causalvae.models.stream import Stream, causal_window
+
+GROUPS = 32  # of GroupNorm, as published
+NORM_EPS = 1e-6
+MIX_INIT = 2.0  # logit of the pooled branch: sigmoid(2) = 0.88, as published
+
+NormKind = Literal["channel", "frame", "clip"]
+Kernel = tuple[int, int, int]
+
+
+class CausalConv3d(nn.Module):
+    """Convolution whose output frame sees its own and earlier frames; frame 0 is repeated in front."""
+
+    def __init__(self, c_in: int, c_out: int, *, kernel: Kernel = (3, 3, 3), stride: Kernel = (1, 1, 1)) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(c_in, c_out, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2))
+
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+        """b c t h w -> b c' t' h' w'."""
+        kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
+        return self.conv(causal_window(self, x, kernel=kernel, stride=stride, stream=stream))
+
+
+class FrameConv(nn.Conv2d):
+    """Convolution of each frame by itself, with the parameters of a Conv2d."""
+
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:  # noqa: ARG002  every convolution takes it
+        """b c t h w -> b c' t h' w'."""
+        weight = self.weight.unsqueeze(2)
+        stride, padding = (1, *self.stride), (0, *self.padding)  # pyright: ignore[reportGeneralTypeIssues]
+        return F.conv3d(x, weight, self.bias, stride, padding)
+
+
+class Norm(nn.Module):
+    """GroupNorm over one frame or the whole clip, or RMS over the channels of each position.
+
+    `channel`: x / rms(x) * weight (Zhang and Sennrich, 2019), no statistics across space or time.
+    """
+
+    def __init__(self, channels: int, kind: NormKind) -> None:
+        super().__init__()
+        self.kind = kind
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = None if kind == "channel" else nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """b c t h w -> the same shape."""
+        if self.kind == "channel":
+            scale = torch.rsqrt(x.square().mean(dim=1, keepdim=True) + NORM_EPS)
+            return x * scale * self.weight.view(1, -1, 1, 1, 1)
+        if self.kind == "clip":
+            return F.group_norm(x, GROUPS, self.weight, self.bias, NORM_EPS)
+        frames = x.transpose(1, 2).flatten(0, 1)  # b c t h w -> (b t) c h w
+        normed = F.group_norm(frames, GROUPS, self.weight, self.bias, NORM_EPS)
+        return normed.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+
+
+def conv3x3(c_in: int, c_out: int, *, flat: bool) -> nn.Module:
+    """A 3x3 convolution of each frame, or its causal 3x3x3 relative."""
+    return FrameConv(c_in, c_out, 3, padding=1) if flat else CausalConv3d(c_in, c_out)
+
+
+def pointwise(c_in: int, c_out: int, *, flat: bool) -> nn.Module:
+    """A convolution of each position by itself."""
+    return FrameConv(c_in, c_out, 1) if flat else CausalConv3d(c_in, c_out, kernel=(1, 1, 1))
+
+
+class ResnetBlock(nn.Module):
+    """norm, SiLU, conv, norm, SiLU, conv, and the input added. `flat`: frame by frame, norms too."""
+
+    def __init__(self, c_in: int, c_out: int, *, norm: NormKind, flat: bool = False) -> None:
+        super().__init__()
+        kind = "frame" if flat and norm == "clip" else norm
+        self.norm1 = Norm(c_in, kind)
+        self.conv1 = conv3x3(c_in, c_out, flat=flat)
+        self.norm2 = Norm(c_out, kind)
+        self.conv2 = conv3x3(c_out, c_out, flat=flat)
+        self.nin_shortcut = pointwise(c_in, c_out, flat=flat) if c_in != c_out else None
+
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+        """b c t h w -> b c' t h w."""
+        h = self.conv1(F.silu(self.norm1(x)), stream)
+        h = self.conv2(F.silu(self.norm2(h)), stream)
+        return (x if self.nin_shortcut is None else self.nin_shortcut(x, stream)) + h
+
+
+class FrameAttention(nn.Module):
+    """Self-attention over the positions of each frame, one head; no attention across frames."""
+
+    def __init__(self, channels: int, *, norm: NormKind) -> None:
+        super().__init__()
+        self.norm = Norm(channels, norm)
+        self.q, self.k, self.v, self.proj_out = (pointwise(channels, channels, flat=False) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """b c t h w -> the same shape. The residual is added."""
+        b, _, t, h, _ = x.shape
+        normed = self.norm(x)
+        q, k, v = (self._tokens(layer(normed)) for layer in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # (b t) (h w) c
+        frames = mixed.unflatten(0, (b, t)).unflatten(2, (h, -1))  # b t h w c
+        return x + self.proj_out(frames.permute(0, 4, 1, 2, 3))
+
+    @staticmethod
+    def _tokens(x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 4, 1).flatten(0, 1).flatten(1, 2).unsqueeze(1)  # b c t h w -> (b t) 1 (h w) c
+
+
+class FrameDownsample(nn.Module):
+    """Half of height and width: a strided convolution, zeros at the right and at the bottom."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = FrameConv(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """b c t h w -> b c t h/2 w/2."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class SpatialUpsample(nn.Module):
+    """Twice the height and width: nearest, then a convolution of each frame."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = CausalConv3d(channels, channels, kernel=(1, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """b c t h w -> b c t 2h 2w."""
+        return self.conv(x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4))
+
+
+class TimeDownsample(nn.Module):
+    """Half of the frames, t -> 1 + (t - 1) / 2: the mean of three frames, mixed with a convolution over them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.mix_factor = nn.Parameter(torch.tensor([MIX_INIT]))
+        self.conv = nn.Conv3d(channels, channels, 3, stride=(2, 1, 1), padding=(0, 1, 1))
+
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+        """b c t h w -> b c t' h w."""
+        window = causal_window(self, x, kernel=3, stride=2, stream=stream)
+        # Slices and a sum: the backward of 3D pooling is refused in deterministic mode.
+        mean = (window[:, :, 0:-2:2] + window[:, :, 1:-1:2] + window[:, :, 2::2]) / 3
+        alpha = torch.sigmoid(self.mix_factor)
+        return alpha * mean + (1 - alpha) * self.conv(window)
+
+
+class TimeUpsample(nn.Module):
+    """Twice the frames, t -> 1 + 2 (t - 1): linear between frames after the first, mixed with a convolution.
+
+    It looks one frame ahead, so in a stream it withholds its last output until the next chunk or `stream.last`.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.mix_factor = nn.Parameter(torch.tensor([MIX_INIT]))
+        self.conv = CausalConv3d(channels, channels)
+
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+        """b c t h w -> b c t' h w."""
+        y = self._interpolate(x, stream)
+        alpha = torch.sigmoid(self.mix_factor)
+        return alpha * y + (1 - alpha) * self.conv(y, stream)
+
+    def _interpolate(self, x: Tensor, stream: Stream | None) -> Tensor:
+        past = stream.take(self) if stream is not None else None  # the frame before x, none of them before frame 1
+        head = [x[:, :, :1]] if past is None else []
+        known = x[:, :, 1:] if past is None else torch.cat([past, x], dim=2)
+        if stream is not None:
+            stream.keep(self, known[:, :, -1:])
+        if known.shape[2] == 0:
+            return x
+        if past is None or past.shape[2] == 0:
+            head.append(known[:, :, :1])
+        u, v = known[:, :, :-1], known[:, :, 1:]
+        between = torch.stack([0.75 * u + 0.25 * v, 0.25 * u + 0.75 * v], dim=3).flatten(2, 3)
+        tail = [known[:, :, -1:]] if stream is None or stream.last else []
+        return torch.cat([*head, between, *tail], dim=2)
+
+
+def space_to_depth(x: Tensor, factor: Kernel) -> Tensor:
+    """b c (t p) (h q) (w r) -> b (p q r c) t h w."""
+    for dim, n in zip((2, 4, 6), factor, strict=True):
+        x = x.unflatten(dim, (-1, n))  # ends as b c t p h q w r
+    return x.permute(0, 3, 5, 7, 1, 2, 4, 6).flatten(1, 4)
+
+
+def depth_to_space(x: Tensor, factor: Kernel) -> Tensor:
+    """b (p q r c) t h w -> b c (t p) (h q) (w r): the inverse of space_to_depth."""
+    x = x.unflatten(1, (*factor, -1))  # b p q r c t h w
+    return x.permute(0, 4, 5, 1, 6, 2, 7, 3).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+class ShuffleDown(nn.Module):
+    """Space (and time) to depth, then a projection of each position: a linear path."""
+
+    def __init__(self, c_in: int, c_out: int, *, temporal: bool) -> None:
+        super().__init__()
+        self.factor: Kernel = (2 if temporal else 1, 2, 2)
+        self.proj = pointwise(c_in * 4 * self.factor[0], c_out, flat=False)
+
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+        """b c t h w -> b c' t' h/2 w/2, with t' = 1 + (t - 1) / 2 if it halves time."""
+        window = causal_window(self, x, kernel=self.factor[0], stride=self.factor[0], stream=stream)
+        return self.proj(space_to_depth(window, self.factor))
+
+
+class ShuffleUp(nn.Module):
+    """A projection of each position, then depth to space (and time); the first of two first frames is dropped."""
+
+    def __init__(self, c_in: int, c_out: int, *, temporal: bool) -> None:
+        super().__init__()
+        self.factor: Kernel = (2 if temporal else 1, 2, 2)
+        self.proj = pointwise(c_in, c_out * 4 * self.factor[0], flat=False)
+
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
+        """b c t h w -> b c' t' 2h 2w, with t' = 1 + 2 (t - 1) if it doubles time."""
+        first = stream is None or stream.take(self) is None
+        if stream is not None:
+            stream.keep(self, x[:, :, :0])  # only that there was a chunk
+        y = depth_to_space(self.proj(x), self.factor)
+        return y[:, :, self.factor[0] - 1 :] if first else y
