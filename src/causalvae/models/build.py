@@ -9,6 +9,7 @@ from causalvae import rng
 from causalvae.models.causalvae import CausalVAE
 from causalvae.models.layers import MIX_INIT, FrameAttention, Norm, ResnetBlock
 from causalvae.models.presets import CausalVAEConfig
+from causalvae.models.start import start_linear
 
 MODELS = {CausalVAEConfig: CausalVAE}
 
@@ -23,6 +24,8 @@ def build(config: CausalVAEConfig, *, seed: int = 0) -> CausalVAE:
             _fill(parameter, name, rng.key("weights", seed, name))
         for module in vae.modules():
             _calm(module)
+    if config.resampling == "shuffle":
+        start_linear(vae)
     return vae
 
 

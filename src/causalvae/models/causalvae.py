@@ -86,7 +86,7 @@ class Encoder(nn.Module):
             resample, c = _downsample(config, i, c)
             self.down.append(Level(blocks, resample))
         self.mid = Middle(c, config)
-        self.norm_out = Norm(c, config.norm)
+        self.norm_out = Norm(c, config.norm) if flat else None  # `shuffle` ends without, to keep its path linear
         self.conv_out = CausalConv3d(c, 2 * config.z_channels)
 
     def forward(self, x: Tensor, stream: Stream | None) -> Tensor:
@@ -96,7 +96,9 @@ class Encoder(nn.Module):
         for level in self.down:
             h = level(h, stream)
         h = self.mid(h, stream)
-        return self.conv_out(F.silu(self.norm_out(h)), stream)
+        if self.norm_out is not None:
+            h = F.silu(self.norm_out(h))
+        return self.conv_out(h, stream)
 
 
 class Decoder(nn.Module):
@@ -116,7 +118,7 @@ class Decoder(nn.Module):
             resample, c = _upsample(config, i, c)
             levels.insert(0, Level(blocks, resample))
         self.up = nn.ModuleList(levels)
-        self.norm_out = Norm(c, config.norm)
+        self.norm_out = Norm(c, config.norm) if config.resampling == "conv" else None
         self.conv_out = CausalConv3d(c, 3 * config.stem**2)
 
     def forward(self, z: Tensor, stream: Stream | None) -> Tensor:
@@ -124,7 +126,9 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z, stream), stream)
         for level in reversed(self.up):
             h = level(h, stream)
-        x = self.conv_out(F.silu(self.norm_out(h)), stream)
+        if self.norm_out is not None:
+            h = F.silu(self.norm_out(h))
+        x = self.conv_out(h, stream)
         return x if self.stem[1] == 1 else depth_to_space(x, self.stem)
 
 
