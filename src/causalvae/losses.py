@@ -1,17 +1,17 @@
 """What the reconstruction is worth, as a gradient at the reconstruction: the seam of a training step.
 
-The autoencoder makes the reconstruction, `answer` returns d loss / d reconstruction and the terms, and the trainer
-sends that gradient back through the autoencoder. Nothing here sees the autoencoder, so one forward serves the
-generator and the critic, and a batch split in parts gets the update of the whole batch.
+The autoencoder makes the reconstruction, `answer` returns d loss / d reconstruction and the terms, and the
+trainer sends that gradient back through the autoencoder. Nothing here sees the autoencoder, so one forward
+serves generator and critic, and a batch split in parts gets the update of the whole batch.
 
-Scale: with P = 3 * h * w values per frame, the published total (a sum over a frame's values, mean over frames) is P
-times ours, term by term:
+Scale: with P = 3 * h * w values per frame, the published total (a sum over a frame's values, mean over frames)
+is P times ours, term by term:
 
     total = (pixel + perceptual_weight * perceptual) / exp(logvar) + logvar
             + kl_weight * kl + adaptive_weight * adversarial
 
-pixel, perceptual, adversarial and critic are means in the published code too and are equal to it; kl, total and
-adaptive_weight are the published values divided by P.
+kl, adaptive_weight and total are the published values divided by P; pixel, perceptual, adversarial and critic
+are means there too, and equal.
 """
 
 from collections.abc import Callable
@@ -52,8 +52,8 @@ class LossPlan:
 class LossTerms:
     """The terms of one step over the whole batch: detached scalars, fp32 or finer; None where not computed.
 
-    adversarial and kl are unweighted; adaptive_weight holds disc_weight and is what multiplies adversarial in total.
-    critic is the critic's own loss and no part of total.
+    kl, perceptual and adversarial are unweighted; adaptive_weight has disc_weight in it and multiplies
+    adversarial in total. critic is the critic's own loss and no part of total.
     """
 
     pixel: Tensor
@@ -96,13 +96,13 @@ def answer(
 ) -> Answer:
     """Terms of the whole batch and their gradient at the reconstruction.
 
-    recon, clip: b 3 t h w in [-1, 1], real frames only. kl: `kl_loss` of the whole batch. logvar: scalar, on the log
-    scale of a pixel's error. critic: None before disc_start or without one; its weights get no gradient here.
-    last_layer_grad: maps a gradient at recon to that of the last layer's weight, averaged over ranks; needed with a
-    critic. No argument is changed, but for the running statistics of the critic.
+    recon, clip: b 3 t h w in [-1, 1], real frames only. kl: `kl_loss` of the whole batch. logvar: scalar, log
+    of the scale of an error. critic: None before disc_start or without one; its weights get no gradient here.
+    last_layer_grad: maps a gradient at recon to that of the last layer's weight, averaged over ranks; needed
+    with a critic. No argument is changed, but for the running statistics of the critic.
     """
     leaf = at_least_fp32(recon.detach()).requires_grad_()
-    clip, logvar, kl = at_least_fp32(clip), logvar.detach(), kl.detach()
+    clip, logvar, kl = at_least_fp32(clip), logvar.detach().clone(), kl.detach()
     pixel = pixel_loss(leaf, clip, kind=plan.kind)
     perceptual = None if plan.perceptual is None else perceptual_loss(leaf, clip, metric=plan.perceptual)
     error = pixel if perceptual is None else pixel + plan.perceptual_weight * perceptual
@@ -112,18 +112,17 @@ def answer(
     adversarial = weight = None
     if critic is not None:
         assert last_layer_grad is not None, "a critic needs last_layer_grad"
-        adversarial = generator_loss(critic(leaf))
-        (adv_grad,) = torch.autograd.grad(adversarial, leaf)
+        adversarial, adv_grad = judged(leaf, critic)
         limit = ADAPTIVE_LIMIT / clip[0, :, 0].numel()
-        weight = adaptive_weight(last_layer_grad(grad), last_layer_grad(adv_grad), limit=limit)
-        weight = plan.disc_weight * weight
+        balance = adaptive_weight(last_layer_grad(grad), last_layer_grad(adv_grad), limit=limit)
+        weight = plan.disc_weight * balance
         grad = grad + weight * adv_grad
-        total = total + weight * adversarial.detach()
+        total = total + weight * adversarial
     terms = LossTerms(
         pixel=pixel.detach(),
         perceptual=None if perceptual is None else perceptual.detach(),
         kl=kl,
-        adversarial=None if adversarial is None else adversarial.detach(),
+        adversarial=adversarial,
         adaptive_weight=weight,
         logvar=logvar,
         total=total,
@@ -131,11 +130,18 @@ def answer(
     return Answer(recon=grad, logvar=1.0 - error.detach() * torch.exp(-logvar), terms=terms)
 
 
+def judged(leaf: Tensor, critic: nn.Module) -> tuple[Tensor, Tensor]:
+    """The adversarial term and its gradient at the reconstruction: a detached scalar, and b 3 t h w."""
+    adversarial = generator_loss(critic(leaf))
+    (grad,) = torch.autograd.grad(adversarial, leaf)  # at the leaf only: the critic's weights get none
+    return adversarial.detach(), grad
+
+
 def critic_answer(critic: nn.Module, clip: Tensor, recon: Tensor, *, kind: CriticLoss) -> Tensor:
     """The critic's loss on the whole batch, with its graph: the caller sends it back to the critic's weights.
 
-    clip, recon: b 3 t h w in [-1, 1]. Real and reconstruction are judged one after the other, as published, so that
-    each has its own batch statistics.
+    clip, recon: b 3 t h w in [-1, 1]. Real and reconstruction are judged one after the other, as published,
+    so each has its own batch statistics.
     """
     real = critic(at_least_fp32(clip.detach()))
     fake = critic(at_least_fp32(recon.detach()))
@@ -154,7 +160,7 @@ def build_critic(
 
 
 def pixel_loss(recon: Tensor, clip: Tensor, *, kind: PixelKind) -> Tensor:
-    """Mean error per value. recon, clip: b 3 t h w in [-1, 1]. huber: half the square below 1, linear above."""
+    """Mean error per value. recon, clip: b 3 t h w in [-1, 1]. huber: square / 2 below 1, linear above."""
     measures = {"l1": functional.l1_loss, "l2": functional.mse_loss, "huber": functional.huber_loss}
     return measures[kind](recon, clip)
 
@@ -162,7 +168,7 @@ def pixel_loss(recon: Tensor, clip: Tensor, *, kind: PixelKind) -> Tensor:
 def perceptual_loss(recon: Tensor, clip: Tensor, *, metric: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Mean over frames of a perceptual metric. recon, clip: b 3 t h w in [-1, 1].
 
-    The published code adds a frame's value to the error of each of its values, so its mean is added to the mean.
+    The published code adds a frame's metric to the error of each of its values, so the means add up too.
     """
     frames = [x.transpose(1, 2).flatten(0, 1) for x in (recon, clip)]  # b c t h w -> (b t) c h w
     return metric(frames[0], frames[1]).mean()
@@ -187,7 +193,7 @@ def generator_loss(logits_fake: Tensor) -> Tensor:
 
 
 def critic_loss(logits_real: Tensor, logits_fake: Tensor, *, kind: CriticLoss) -> Tensor:
-    """What the critic pays for mistakes: hinge with margin 1, or vanilla (cross entropy), mean over patches."""
+    """What the critic pays for mistakes, mean over patches: hinge with margin 1, or vanilla (cross entropy)."""
     real, fake = at_least_fp32(logits_real), at_least_fp32(logits_fake)
     if kind == "hinge":
         return 0.5 * (torch.relu(1.0 - real).mean() + torch.relu(1.0 + fake).mean())
