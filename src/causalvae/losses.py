@@ -4,8 +4,8 @@ The autoencoder makes the reconstruction, `answer` returns d loss / d reconstruc
 trainer sends that gradient back through the autoencoder. Nothing here sees the autoencoder, so one forward
 serves generator and critic, and a batch split in parts gets the update of the whole batch.
 
-Scale: with P = 3 * h * w values per frame, the published total (a sum over a frame's values, mean over frames)
-is P times ours, term by term:
+Scale: with P = 3 * h * w values per frame, the published total (a sum over a frame's values, mean over
+frames) is P times ours, term by term:
 
     total = (pixel + perceptual_weight * perceptual) / exp(logvar) + logvar
             + kl_weight * kl + adaptive_weight * adversarial
@@ -193,7 +193,7 @@ def generator_loss(logits_fake: Tensor) -> Tensor:
 
 
 def critic_loss(logits_real: Tensor, logits_fake: Tensor, *, kind: CriticLoss) -> Tensor:
-    """What the critic pays for mistakes, mean over patches: hinge with margin 1, or vanilla (cross entropy)."""
+    """What the critic pays for mistakes, mean over patches: hinge, or vanilla (cross entropy)."""
     real, fake = at_least_fp32(logits_real), at_least_fp32(logits_fake)
     if kind == "hinge":
         return 0.5 * (torch.relu(1.0 - real).mean() + torch.relu(1.0 + fake).mean())

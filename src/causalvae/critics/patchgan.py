@@ -1,8 +1,8 @@
 """PatchGAN critics: networks that judge overlapping patches of frames (2D) or of clips (3D).
 
 The layers sit at the indices of the published networks, so the keys `main.N.*` are theirs and published
-weights load as they are (those of WF-VAE, with dropout in between, have other indices). Critics stay in training mode:
-BatchNorm uses the statistics of the batch, and the running ones are kept only to be saved.
+weights load as they are (those of WF-VAE, with dropout in between, have other indices). Critics stay in
+training mode: BatchNorm uses the statistics of the batch, and the running ones are kept only to be saved.
 """
 
 from math import gcd

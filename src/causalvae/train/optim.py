@@ -1,11 +1,11 @@
 """Optimisers, their saved state, the learning rate as a function of the step, and gradient norms.
 
-Weight decay is decoupled for every optimiser: weights shrink by lr * weight_decay beside the update. The state
-is exported as flat tensors named `parameter.exp_avg`, and comes back bit for bit.
+Weight decay is decoupled for every optimiser: weights shrink by lr * weight_decay beside the update. The
+state is exported as flat tensors named `parameter.exp_avg`, and comes back bit for bit.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -16,8 +16,6 @@ from causalvae.errors import ConfigError, RunError
 
 OptimizerKind = Literal["adamw", "adam", "sgd", "lion", "adamw8bit"]
 Schedule = Literal["constant", "cosine", "cosine_decay", "linear"]
-
-Closure = Callable[[], float]
 
 
 def build_optimizer(
@@ -31,8 +29,8 @@ def build_optimizer(
     """An optimiser of two groups, with and without weight decay, in the order of named_params.
 
     Not decayed: biases, weights of norms, mixing factors, logvar: what has fewer than two axes. `adam` is
-    `adamw`: they would differ only in a decay that is not decoupled. `sgd` has momentum betas[0] and no use for
-    betas[1]. Parameters without requires_grad are left out.
+    `adamw`: they would differ only in a decay that is not decoupled. `sgd` has momentum betas[0] and no use
+    for betas[1]. Parameters without requires_grad are left out.
     """
     trainable = [(name, p) for name, p in named_params if p.requires_grad]
     decayed = [(name, p) for name, p in trainable if p.ndim >= 2]
@@ -62,8 +60,8 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
 def learning_rate(step: int, *, peak: float, end: float, kind: Schedule, warmup: int, decay: int) -> float:
     """Learning rate of update number `step`, from 0.
 
-    Step i of the warmup has peak * (i + 1) / warmup. Then `cosine` (`cosine_decay` is the same) and `linear` go
-    from peak to end in `decay` steps and stay there; `constant` stays at peak.
+    Step i of the warmup has peak * (i + 1) / warmup. Then `cosine` (`cosine_decay` is the same) and `linear`
+    go from peak to end in `decay` steps and stay there; `constant` stays at peak.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -151,9 +149,8 @@ class Lion(Optimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": 0.0})
 
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> None:
-        """One update of every parameter that has a gradient; takes no closure."""
-        assert closure is None, "Lion takes no closure"
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]: no closure, no loss
+        """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             near, far = group["betas"]
             for param in group["params"]:
@@ -175,9 +172,8 @@ class DecoupledSGD(Optimizer):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
 
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> None:
-        """One update of every parameter that has a gradient; takes no closure."""
-        assert closure is None, "DecoupledSGD takes no closure"
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]: no closure, no loss
+        """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None:
