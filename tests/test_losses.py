@@ -125,7 +125,8 @@ def test_every_term_of_the_generator_is_the_published_one_over_values_per_frame(
     error = terms["pixel"] + perceptual
     nll = error / math.exp(terms["logvar"]) + terms["logvar"]
     rec = nll * P if scene.version == "wfvae" else error  # what it logs as rec_loss
-    assert terms["total"] * P == pytest.approx(values["total_loss"], rel=TIGHT)
+    total_tolerance = 1e-4 if scene.version in ADAPTIVE else TIGHT  # their eps changes it by 8e-5
+    assert terms["total"] * P == pytest.approx(values["total_loss"], rel=total_tolerance)
     assert terms["kl"] * P == pytest.approx(values["kl_loss"], rel=TIGHT)
     assert nll * P == pytest.approx(values["nll_loss"], rel=TIGHT)
     assert rec == pytest.approx(values["rec_loss"], rel=TIGHT)
@@ -194,10 +195,9 @@ def test_critic_loss_and_its_gradient_are_the_published_ones(scene: Scene) -> No
 
 def tiny(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, nn.Module, nn.Conv3d]:
     """Features b 4 t h w, clip b 3 t h w, a critic and a last layer."""
-    last = nn.Conv3d(4, 3, 3, padding=1).to(dtype)
+    last = nn.Conv3d(4, 3, 3, padding=1, bias=False).to(dtype)
     with torch.no_grad():
         last.weight.copy_(0.2 * normal(last.weight.shape, 3))
-        last.bias.zero_() if last.bias is not None else None
     critic = build_critic("patchgan3d", base=1, ndf=8).to(dtype)
     with torch.no_grad():
         for p in critic.parameters():  # larger than first weights, for gradients of a common size
