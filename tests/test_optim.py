@@ -1,4 +1,4 @@
-"""Optimisers follow their formulas, their state survives a file, learning rates follow the published curves."""
+"""Optimisers follow their formulas, their state survives a file, learning rates equal the published ones."""
 
 import importlib.util
 import math

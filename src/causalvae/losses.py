@@ -103,9 +103,7 @@ def answer(
     """
     leaf = at_least_fp32(recon.detach()).requires_grad_()
     clip, logvar, kl = at_least_fp32(clip), logvar.detach().clone(), kl.detach()
-    pixel = pixel_loss(leaf, clip, kind=plan.kind)
-    perceptual = None if plan.perceptual is None else perceptual_loss(leaf, clip, metric=plan.perceptual)
-    error = pixel if perceptual is None else pixel + plan.perceptual_weight * perceptual
+    error, pixel, perceptual = reconstruction_error(leaf, clip, plan=plan)
     nll = reconstruction_nll(error, logvar=logvar)
     (grad,) = torch.autograd.grad(nll, leaf)
     total = nll.detach() + plan.kl_weight * kl
@@ -119,8 +117,8 @@ def answer(
         grad = grad + weight * adv_grad
         total = total + weight * adversarial
     terms = LossTerms(
-        pixel=pixel.detach(),
-        perceptual=None if perceptual is None else perceptual.detach(),
+        pixel=pixel,
+        perceptual=perceptual,
         kl=kl,
         adversarial=adversarial,
         adaptive_weight=weight,
@@ -128,6 +126,17 @@ def answer(
         total=total,
     )
     return Answer(recon=grad, logvar=1.0 - error.detach() * torch.exp(-logvar), terms=terms)
+
+
+def reconstruction_error(
+    leaf: Tensor, clip: Tensor, *, plan: LossPlan
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Mean error per value with its graph, and what it is made of, detached: pixel and perceptual terms."""
+    pixel = pixel_loss(leaf, clip, kind=plan.kind)
+    if plan.perceptual is None:
+        return pixel, pixel.detach(), None
+    perceptual = perceptual_loss(leaf, clip, metric=plan.perceptual)
+    return pixel + plan.perceptual_weight * perceptual, pixel.detach(), perceptual.detach()
 
 
 def judged(leaf: Tensor, critic: nn.Module) -> tuple[Tensor, Tensor]:
