@@ -30,6 +30,7 @@ from causalvae.rng import normal
 
 VERSIONS = ["v1.0", "v1.1", "v1.2", "wfvae"]
 ADAPTIVE = {"wfvae": (1e6, 1e-6)}  # clamp and eps where they are not ours, 1e4 and 1e-4
+ZERO = torch.tensor(0.0)
 P = 3 * 32 * 32  # values per frame of the fixtures
 TIGHT = 1e-5  # relative, fp32; measured 2e-6
 WEIGHT = 1e-4  # relative, of the adaptive weight; measured 1e-6
@@ -236,12 +237,18 @@ def test_answer_sent_back_equals_the_gradient_of_the_whole_loss_written_plainly(
     torch.testing.assert_close(ours.terms.total, total.detach(), rtol=1e-10, atol=1e-12)
 
 
-def plain_answer(recon: Tensor, clip: Tensor, critic: nn.Module | None = None) -> Answer:
+def plain_answer(
+    recon: Tensor, clip: Tensor, *, critic: nn.Module | None = None, logvar: Tensor = ZERO
+) -> Answer:
     """Answer with default weights and the reconstruction itself as the last layer."""
-    zero = torch.tensor(0.0)
-    plan = LossPlan()
     return answer(
-        recon, clip, kl=zero, logvar=zero, plan=plan, critic=critic, last_layer_grad=lambda grad: grad
+        recon,
+        clip,
+        kl=ZERO,
+        logvar=logvar,
+        plan=LossPlan(),
+        critic=critic,
+        last_layer_grad=lambda grad: grad,
     )
 
 
@@ -249,7 +256,7 @@ def test_answer_leaves_arguments_and_gradients_of_the_critic_alone() -> None:
     features, clip, critic, last = tiny(torch.float32)
     recon = last(features)
     before = recon.detach().clone(), clip.clone()
-    ours = plain_answer(recon, clip, critic)
+    ours = plain_answer(recon, clip, critic=critic)
     assert torch.equal(recon, before[0])
     assert torch.equal(clip, before[1])
     assert recon.requires_grad
@@ -264,8 +271,7 @@ def test_answer_leaves_arguments_and_gradients_of_the_critic_alone() -> None:
 def test_terms_keep_the_logvar_of_their_step() -> None:
     _, clip, _, _ = tiny(torch.float32)
     logvar = nn.Parameter(torch.tensor(0.25))
-    zero = torch.tensor(0.0)
-    terms = answer(clip * 0.5, clip, kl=zero, logvar=logvar, plan=LossPlan(), critic=None).terms
+    terms = plain_answer(clip * 0.5, clip, logvar=logvar).terms
     logvar.data.add_(1.0)
     assert terms.numbers()["logvar"] == 0.25
 
@@ -320,7 +326,7 @@ def test_limit_of_the_adaptive_weight_is_on_the_published_scale() -> None:
     _, clip, critic, _ = tiny()
     for p in critic.parameters():
         p.data.mul_(0.0 if p.ndim > 1 else 1.0)  # a critic that does not care: the ratio reaches its limit
-    terms = plain_answer(clip * 0.5, clip, critic).terms
+    terms = plain_answer(clip * 0.5, clip, critic=critic).terms
     assert terms.adaptive_weight is not None
     assert terms.adaptive_weight.item() == pytest.approx(0.5 * 1e4 / (3 * 16 * 16))
 
@@ -329,6 +335,6 @@ def test_a_reconstruction_that_is_not_finite_gives_an_answer_that_is_not() -> No
     _, clip, critic, _ = tiny(torch.float32)
     recon = clip.clone()
     recon[0, 0, 0, 0, 0] = torch.nan
-    ours = plain_answer(recon, clip, critic)
+    ours = plain_answer(recon, clip, critic=critic)
     assert not ours.terms.total.isfinite()
     assert not ours.recon.isfinite().all()
