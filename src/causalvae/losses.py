@@ -92,35 +92,31 @@ def answer(
     logvar: Tensor,
     plan: LossPlan,
     critic: nn.Module | None,
-    last_layer_grad: Callable[[Tensor], Tensor] | None = None,
+    last_layer_grad: Callable[[Tensor], Tensor],
 ) -> Answer:
     """Terms of the whole batch and their gradient at the reconstruction.
 
     recon, clip: b 3 t h w in [-1, 1], real frames only. kl: `kl_loss` of the whole batch. logvar: scalar, log
     of the scale of an error. critic: None before disc_start or without one; its weights get no gradient here.
-    last_layer_grad: maps a gradient at recon to that of the last layer's weight, averaged over ranks; needed
-    with a critic. No argument is changed, but for the running statistics of the critic.
+    last_layer_grad: maps a gradient at recon to that of the last layer's weight, averaged over ranks; asked
+    only with a critic. No argument is changed, but for the running statistics of the critic.
     """
     leaf = at_least_fp32(recon.detach()).requires_grad_()
     clip, logvar, kl = at_least_fp32(clip), logvar.detach().clone(), kl.detach()
-    pixel = pixel_loss(leaf, clip, kind=plan.kind)
-    perceptual = None if plan.perceptual is None else perceptual_loss(leaf, clip, metric=plan.perceptual)
-    error = pixel if perceptual is None else pixel + plan.perceptual_weight * perceptual
+    error, pixel, perceptual = reconstruction_error(leaf, clip, plan=plan)
     nll = reconstruction_nll(error, logvar=logvar)
     (grad,) = torch.autograd.grad(nll, leaf)
     total = nll.detach() + plan.kl_weight * kl
     adversarial = weight = None
     if critic is not None:
-        assert last_layer_grad is not None, "a critic needs last_layer_grad"
         adversarial, adv_grad = judged(leaf, critic)
-        limit = ADAPTIVE_LIMIT / clip[0, :, 0].numel()
-        balance = adaptive_weight(last_layer_grad(grad), last_layer_grad(adv_grad), limit=limit)
-        weight = plan.disc_weight * balance
+        pulls = last_layer_grad(grad), last_layer_grad(adv_grad)
+        weight = plan.disc_weight * adaptive_weight(*pulls, limit=ADAPTIVE_LIMIT / clip[0, :, 0].numel())
         grad = grad + weight * adv_grad
         total = total + weight * adversarial
     terms = LossTerms(
-        pixel=pixel.detach(),
-        perceptual=None if perceptual is None else perceptual.detach(),
+        pixel=pixel,
+        perceptual=perceptual,
         kl=kl,
         adversarial=adversarial,
         adaptive_weight=weight,
@@ -128,6 +124,17 @@ def answer(
         total=total,
     )
     return Answer(recon=grad, logvar=1.0 - error.detach() * torch.exp(-logvar), terms=terms)
+
+
+def reconstruction_error(
+    leaf: Tensor, clip: Tensor, *, plan: LossPlan
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Mean error per value with its graph, and what it is made of, detached: pixel and perceptual terms."""
+    pixel = pixel_loss(leaf, clip, kind=plan.kind)
+    if plan.perceptual is None:
+        return pixel, pixel.detach(), None
+    perceptual = perceptual_loss(leaf, clip, metric=plan.perceptual)
+    return pixel + plan.perceptual_weight * perceptual, pixel.detach(), perceptual.detach()
 
 
 def judged(leaf: Tensor, critic: nn.Module) -> tuple[Tensor, Tensor]:
