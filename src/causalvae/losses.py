@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from causalvae.critics.patchgan import CriticNorm, PatchGAN2d, PatchGAN3d, reset
+from causalvae.video import at_least_fp32
 
 PixelKind = Literal["l1", "l2", "huber"]
 CriticLoss = Literal["hinge", "vanilla"]
@@ -218,8 +219,3 @@ def adaptive_weight(
     rec_norm = torch.linalg.vector_norm(rec_grad.detach())
     adv_norm = torch.linalg.vector_norm(adv_grad.detach())
     return (rec_norm / (adv_norm + eps)).clamp(0.0, limit)
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """Half precisions as fp32: losses are not computed in less."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -18,7 +18,7 @@ from causalvae.models.base import Posterior
 from causalvae.models.causalvae import CausalVAE
 from causalvae.train.optim import clip_gradients
 from causalvae.train.state import TrainState
-from causalvae.video import crop_frames, pad_frames
+from causalvae.video import at_least_fp32, crop_frames, pad_frames
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,10 @@ def _answer(
     def last_layer_grad(grad: Tensor) -> Tensor:
         pairs = zip(forward.recons, grad.chunk(parts), strict=True)
         pieces = [
-            torch.autograd.grad(part, weight, piece.to(part.dtype), retain_graph=True)[0].float()
+            torch.autograd.grad(part, weight, piece.to(part.dtype), retain_graph=True)[0]
             for part, piece in pairs
         ]
-        return torch.stack(pieces).sum(dim=0)
+        return torch.stack([at_least_fp32(piece) for piece in pieces]).sum(dim=0)
 
     per_clip = torch.cat([posterior.kl().detach() for posterior in forward.posteriors])
     kl = kl_loss(per_clip, values_per_frame=clip[0, :, 0].numel(), num_clips=len(clip))
