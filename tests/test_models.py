@@ -51,7 +51,9 @@ def test_no_later_frame_changes_an_earlier_latent(vae: CausalVAE) -> None:
     for changed in (1, 4, 5, 12):
         y = x.clone()
         y[:, :, changed:] += 1.0
-        first = vae.geometry.latent_frames(changed + 1) - 1  # the latent frame that covers the first changed frame
+        first = (
+            vae.geometry.latent_frames(changed + 1) - 1
+        )  # the latent frame that covers the first changed frame
         before, after = vae.encode(x), vae.encode(y)
         assert torch.equal(before.mean[:, :, :first], after.mean[:, :, :first])
         assert torch.equal(before.logvar[:, :, :first], after.logvar[:, :, :first])

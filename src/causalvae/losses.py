@@ -145,15 +145,18 @@ def judged(leaf: Tensor, critic: nn.Module) -> tuple[Tensor, Tensor]:
     return adversarial.detach(), grad
 
 
-def critic_answer(critic: nn.Module, clip: Tensor, recon: Tensor, *, kind: CriticLoss) -> Tensor:
-    """The critic's loss on the whole batch, with its graph: the caller sends it back to the critic's weights.
+def critic_backward(critic: nn.Module, clip: Tensor, recon: Tensor, *, kind: CriticLoss) -> Tensor:
+    """The critic's loss on the whole batch, detached; its gradient is added to that of the critic's weights.
 
-    clip, recon: b 3 t h w in [-1, 1]. Real and reconstruction are judged one after the other, as published,
-    so each has its own batch statistics.
+    clip, recon: b 3 t h w in [-1, 1]. Real and reconstruction are judged one after the other, as published, so that
+    each has its own batch statistics; the graph of the first is gone before the second begins.
     """
-    real = critic(at_least_fp32(clip.detach()))
-    fake = critic(at_least_fp32(recon.detach()))
-    return critic_loss(real, fake, kind=kind)
+    total = clip.new_zeros(())
+    for x, real in ((clip, True), (recon, False)):
+        loss = verdict_loss(critic(at_least_fp32(x.detach())), kind=kind, real=real)
+        loss.backward()
+        total = total + loss.detach()
+    return total
 
 
 def build_critic(
@@ -201,11 +204,14 @@ def generator_loss(logits_fake: Tensor) -> Tensor:
 
 
 def critic_loss(logits_real: Tensor, logits_fake: Tensor, *, kind: CriticLoss) -> Tensor:
-    """What the critic pays for mistakes, mean over patches: hinge, or vanilla (cross entropy)."""
-    real, fake = at_least_fp32(logits_real), at_least_fp32(logits_fake)
-    if kind == "hinge":
-        return 0.5 * (torch.relu(1.0 - real).mean() + torch.relu(1.0 + fake).mean())
-    return 0.5 * (functional.softplus(-real).mean() + functional.softplus(fake).mean())
+    """What the critic pays for mistakes: hinge with margin 1, or vanilla (cross entropy), mean over patches."""
+    return verdict_loss(logits_real, kind=kind, real=True) + verdict_loss(logits_fake, kind=kind, real=False)
+
+
+def verdict_loss(logits: Tensor, *, kind: CriticLoss, real: bool) -> Tensor:
+    """The half of critic_loss that comes from clips, or from reconstructions."""
+    right = at_least_fp32(logits if real else -logits)
+    return 0.5 * (torch.relu(1.0 - right) if kind == "hinge" else functional.softplus(-right)).mean()
 
 
 def adaptive_weight(

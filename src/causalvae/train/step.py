@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from causalvae.losses import Answer, CriticLoss, LossPlan, LossTerms, answer, critic_answer, kl_loss
+from causalvae.losses import Answer, CriticLoss, LossPlan, LossTerms, answer, critic_backward, kl_loss
 from causalvae.models.base import Posterior
 from causalvae.models.causalvae import CausalVAE
 from causalvae.train.optim import clip_gradients
@@ -184,11 +184,10 @@ def _critic_update(
     max_grad_norm: float | None,
 ) -> tuple[Tensor, float | None]:
     assert state.critic_optimizer is not None
-    judged = critic_answer(critic, clip, recon, kind=kind)
-    judged.backward()
+    judged = critic_backward(critic, clip, recon, kind=kind)
     norm = clip_gradients(critic.parameters(), max_grad_norm)
     finite = math.isfinite(norm)
     if finite:
         state.critic_optimizer.step()
     state.critic_optimizer.zero_grad(set_to_none=True)
-    return judged.detach(), norm if finite else None
+    return judged, norm if finite else None
