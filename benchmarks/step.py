@@ -175,7 +175,9 @@ def main() -> None:
                 our_step(states["ours"], clip, noise)
             else:
                 plain_step(states["plain"], clip, noise, Clock())
-        status = Path("/proc/self/status").read_text()  # ru_maxrss would be that of the parent, if it was higher
+        status = Path(
+            "/proc/self/status"
+        ).read_text()  # ru_maxrss would be that of the parent, if it was higher
         print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
         return
     plain_step(states["plain"], clip, noise, Clock())
