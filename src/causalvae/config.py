@@ -226,8 +226,8 @@ def decay_steps(settings: TrainSettings) -> int:
 def continued(saved: TrainSettings, asked: TrainSettings) -> TrainSettings:
     """The settings asked for, with the schedule of the saved run where none is given.
 
-    A run that goes on to another max_steps keeps the warm-up and decay that it began with, so this, and not what
-    was asked for, is what it saves.
+    A run that goes on to another max_steps keeps the warm-up and decay that it began with, so this is what it
+    saves, and not what was asked for.
     """
     if asked.max_steps == saved.max_steps:
         warmup, decay = saved.lr_warmup_steps, saved.lr_decay_steps

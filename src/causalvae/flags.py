@@ -1,8 +1,8 @@
 """How a settings table becomes a command line: one field is one flag (idea 1).
 
-`setting()` makes a field, `flags_of()` reads the fields back, `read_settings()` turns words from the command
-line and from a YAML file into a checked dataclass and remembers where each value came from. Nothing here knows
-a flag by name, but `config`, the file.
+`setting()` makes a field, `flags_of()` reads the fields back, `read_settings()` turns words from the
+command line and from a YAML file into a checked dataclass and remembers where each value came from. Nothing
+here knows a flag by name, but `config`, the file.
 """
 
 import argparse
