@@ -29,8 +29,10 @@ from causalvae.flagtext import help_text, markdown, to_yaml
 from causalvae.models.presets import PRESETS
 
 __all__ = [
+    "DemoSettings",
     "Given",
     "MemoryBudget",
+    "NoSettings",
     "Resolution",
     "TrainSettings",
     "changed_mathematics",
@@ -181,6 +183,19 @@ class TrainSettings:
             refuse(flags["end_learning_rate"], self.end_learning_rate, why)
         if self.eval_steps > 0 and self.eval_video_path is None:
             refuse(flags["eval_steps"], self.eval_steps, "needs held-out videos: add --eval_video_path")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings:
+    """What the demo is asked to do."""
+
+    output_dir: str = setting("results/demo", BASICS, help="the folder that the demo writes")
+    seed: int = setting(0, BASICS, limits=AT_LEAST_0, help="the same seed gives the same demo")
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """The table of a command that has no flags."""
 
 
 def _check_name(flag: Flag, name: str) -> None:

@@ -34,12 +34,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
     sync(path.parent)
 
 
-def append_line(path: Path, line: bytes) -> None:
-    """Add a line in one write; what a full disk cut off is taken back."""
+def append_whole(path: Path, data: bytes) -> None:
+    """Add to a file in one write; what a full disk cut off is taken back."""
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         size = os.fstat(descriptor).st_size
-        if os.write(descriptor, line) != len(line):
+        if os.write(descriptor, data) != len(data):
             os.ftruncate(descriptor, size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
@@ -57,10 +57,10 @@ def plain(value: Any) -> Any:  # Any: JSON values nest
     return value
 
 
-def disk_error(error: OSError | SafetensorError, path: Path) -> RunError | None:
+def disk_error(error: OSError | SafetensorError, path: Path, *, num_bytes: int = 0) -> RunError | None:
     """What a disk refused, in words, with status 1; None if the error has no number of the system's.
 
-    safetensors puts that number in its text.
+    num_bytes: about how much was to be written, if known. safetensors puts the number in its text.
     """
     number = error.errno if isinstance(error, OSError) else None
     match = re.search(r"os error ([0-9]+)", str(error))
@@ -70,8 +70,7 @@ def disk_error(error: OSError | SafetensorError, path: Path) -> RunError | None:
         return None
     place = next(each for each in (path, *path.parents) if each.exists())
     disk = os.statvfs(place)
-    written = sum(item.stat().st_size for item in path.iterdir() if item.is_file()) if path.is_dir() else 0
-    needed = f"needed are more than {written:,} bytes, " if written else ""
+    needed = f"needed are about {num_bytes:,} bytes, " if num_bytes else ""
     return RunError(
         f"{path}: can't be written: {os.strerror(number)}; {needed}{disk.f_bavail * disk.f_frsize:,} "
         "bytes are free. What was saved before is intact; make room and give the command again",

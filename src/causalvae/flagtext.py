@@ -14,6 +14,10 @@ KINDS = {bool: "True|False", int: "N", float: "X", str: "TEXT", Resolution: "SIZ
 PLAIN_TEXT = re.compile(r"[A-Za-z][\w./-]*", re.ASCII)  # what YAML needs no quotes for, but the words below
 YAML_WORDS = ("true", "false", "yes", "no", "on", "off", "null", "y", "n")
 LEFT = 30  # columns of flag and kind in --help
+HELP_END = (
+    "The value in [brackets] is the default. - and _ are the same in a flag's name; True may be left out; of "
+    "a flag given twice the last one counts."
+)
 MIN_WIDTH, MAX_WIDTH = 60, 110
 
 
@@ -54,14 +58,8 @@ def help_text(table: "type[DataclassInstance]", *, usage: str, intro: str, width
             if len(left) < LEFT - 1:
                 left, right = left.ljust(LEFT) + right[0], right[1:]
             lines += [left, *(" " * LEFT + line for line in right)]
-    lines += [
-        "",
-        *textwrap.wrap(
-            "The value in [brackets] is the default. - and _ are the same in a flag's name; "
-            "True may be left out; of a flag given twice the last one counts.",
-            width,
-        ),
-    ]
+    if flags_of(table):
+        lines += ["", *textwrap.wrap(HELP_END, width)]
     return "\n".join(lines) + "\n"
 
 

@@ -24,7 +24,7 @@ from typing import Any, Self, cast
 from safetensors import SafetensorError
 
 from causalvae.errors import ConfigError, RunError
-from causalvae.files import Json, append_line, disk_error, plain, remove, sha256, sync, write_whole
+from causalvae.files import Json, append_whole, disk_error, plain, remove, sha256, sync, write_whole
 
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"  # in a full checkpoint; a pruned one has only the weights
@@ -64,7 +64,6 @@ class RunDir:
         """Make the folder and take its lock. RunError if it can't be written or another process has it."""
         self.path = path
         self.warnings: list[str] = []
-        self._failed_records: set[str] = set()
         try:
             path.mkdir(parents=True, exist_ok=True)
             self.was_empty = _is_empty(path)
@@ -129,6 +128,12 @@ class RunDir:
             for item in folder.iterdir() if folder.is_dir() else ():
                 if RUBBISH.fullmatch(item.name):
                     remove(item)
+        for old in self._folder.glob(".step-*.old"):
+            final = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+            if final.exists():
+                remove(old)
+            else:
+                os.rename(old, final)  # killed between two renames
         for checkpoint in self.checkpoints():
             (checkpoint.path / f".{MANIFEST}.partial").unlink(missing_ok=True)
             if not checkpoint.full:
@@ -141,9 +146,7 @@ class RunDir:
             match = STEP_FOLDER.fullmatch(item.name)
             if match is not None and item.is_dir():
                 manifest = _read_manifest(item)
-                full = (
-                    manifest is None or STATE in manifest["files"]
-                )  # without a manifest: damaged, not pruned
+                full = manifest is None or STATE in manifest["files"]  # no manifest: damaged, not pruned
                 found.append(Checkpoint(int(match[1]), item, full))
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
@@ -166,21 +169,19 @@ class RunDir:
                 return checkpoint
             damaged.append((checkpoint, reason))
         if damaged or any(item.name.startswith("step-") for item in self._folder.iterdir()):
-            reasons = (
-                "; ".join(f"{each.path.name}: {why}" for each, why in damaged) or "none has a training state"
-            )
+            reasons = "; ".join(f"{each.path.name}: {why}" for each, why in damaged) or "only weights remain"
             raise RunError(
-                f"{self._folder}: no checkpoint can be resumed ({reasons}). Nothing was changed. Start "
-                "anew with another --exp_name, from saved weights with --load_from_checkpoint"
+                f"{self._folder}: no checkpoint can be resumed ({reasons}). Nothing was changed. Start anew "
+                "with another --exp_name, or from saved weights with --load_from_checkpoint"
             )
         return None
 
     @contextlib.contextmanager
-    def stage(self, step: int) -> Generator[Path]:
+    def stage(self, step: int, *, num_bytes: int = 0) -> Generator[Path]:
         """A folder to save step `step` in, published when the block ends without an error, else removed.
 
         A complete checkpoint of this step that is already there is kept. A failing disk is a RunError with
-        status 1; the caller may try once more.
+        status 1; the caller may try once more. num_bytes: about the size, if known, for that error.
         """
         final = self._folder / f"step-{step:08d}"
         partial = self._folder / f".{final.name}.partial"
@@ -191,12 +192,18 @@ class RunDir:
             _seal(partial, step)
             self._publish(partial, final)
         except (OSError, SafetensorError) as error:
-            failure = disk_error(error, partial)
+            failure = disk_error(error, partial, num_bytes=num_bytes or self._last_size())
             if failure is None:
                 raise
             raise failure from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+    def _last_size(self) -> int:
+        """Bytes of the newest full checkpoint, 0 without one."""
+        manifests = [_read_manifest(each.path) for each in self.checkpoints() if each.full]
+        newest = manifests[-1] if manifests else None
+        return sum(facts["bytes"] for facts in newest["files"].values()) if newest is not None else 0
 
     def _publish(self, partial: Path, final: Path) -> None:
         """Rename a sealed folder to its name. A rename can't replace a folder that is not empty."""
@@ -208,10 +215,10 @@ class RunDir:
             elif manifest is not None and STATE in manifest["files"]:
                 return
             else:
-                os.rename(final, self._folder / f".{final.name}.old.partial")  # pruned: the new one has more
+                os.rename(final, final.with_name(f".{final.name}.old"))  # pruned: the new one has more
         os.rename(partial, final)
         sync(self._folder)
-        remove(self._folder / f".{final.name}.old.partial")
+        remove(final.with_name(f".{final.name}.old"))
 
     def prune(self, keep: int | None) -> None:
         """Of all but the newest `keep` full checkpoints, keep only the model weights. None keeps everything.
@@ -221,34 +228,33 @@ class RunDir:
         """
         full = [checkpoint for checkpoint in self.checkpoints() if checkpoint.full]
         for checkpoint in full[: max(0, len(full) - keep)] if keep is not None else []:
-            manifest = _read_manifest(checkpoint.path)
-            if manifest is None or not any(name in manifest["files"] for name in WEIGHTS):
-                continue  # damaged, and left as it is
-            kept = {name: facts for name, facts in manifest["files"].items() if name in WEIGHTS}
-            removed = sorted(set(manifest["files"]) - set(kept))
-            pruned = {"step": checkpoint.step, "files": kept, "removed": removed}
-            write_whole(checkpoint.path / MANIFEST, json.dumps(pruned, indent=1) + "\n")
-            _remove_listed(checkpoint.path)
+            try:
+                _prune(checkpoint)
+            except OSError as error:
+                self._warn_once(f"{checkpoint.path}: can't be pruned, {error.strerror}; training goes on")
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
 
     def append(self, name: str, record: Json) -> None:
-        """Add one line of JSON to a file. A failing disk is one warning and no error: logs stop nothing."""
-        line = json.dumps(plain(record)) + "\n"
+        """Add one line of JSON to a file, in ASCII so that names that are not text fit in."""
+        self.append_text(name, json.dumps(plain(record)) + "\n")
+
+    def append_text(self, name: str, text: str) -> None:
+        """Add text to a file. A failing disk is one warning and no error: logs stop nothing."""
         try:
-            append_line(self.path / name, line.encode())
+            append_whole(self.path / name, text.encode(errors="backslashreplace"))
         except OSError as error:
-            if name not in self._failed_records:
-                self._failed_records.add(name)
-                self.warnings.append(
-                    f"{self.path / name}: lines are missing, {error.strerror}; training goes on"
-                )
+            self._warn_once(f"{self.path / name}: lines are missing, {error.strerror}; training goes on")
 
     def rewind(self, name: str, step: int) -> None:
         """Drop the records of later steps and a torn last line, so that a resumed run repeats nothing."""
         path = self.path / name
-        if not path.exists():
-            return
-        kept = [line for line in path.read_bytes().split(b"\n") if _is_up_to(line, step)]
-        write_whole(path, b"".join(line + b"\n" for line in kept))
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if line.endswith(b"\n") and _is_up_to(line, step)]
+        if len(kept) < len(lines):
+            self.write_text(name, b"".join(kept).decode())
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file of the run, whole or not at all."""
@@ -316,12 +322,22 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         files = cast("dict[str, Any]", manifest["files"])
-        sound = all(
-            "/" not in name and "bytes" in facts and "sha256" in facts for name, facts in files.items()
-        )
+        sound = all("/" not in name and {*facts} == {"bytes", "sha256"} for name, facts in files.items())
         return cast("dict[str, Any]", manifest) if sound and files else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _prune(checkpoint: Checkpoint) -> None:
+    """Keep only the weights of a full checkpoint; one that has no weights or no manifest is left as it is."""
+    manifest = _read_manifest(checkpoint.path)
+    kept = {name: facts for name, facts in (manifest or {"files": {}})["files"].items() if name in WEIGHTS}
+    if manifest is None or not kept:
+        return
+    removed = sorted(set(manifest["files"]) - set(kept))
+    pruned = {"step": checkpoint.step, "files": kept, "removed": removed}
+    write_whole(checkpoint.path / MANIFEST, json.dumps(pruned, indent=1) + "\n")
+    _remove_listed(checkpoint.path)
 
 
 def _remove_listed(folder: Path) -> None:
