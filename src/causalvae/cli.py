@@ -1,0 +1,170 @@
+"""The command line: one function per command, each of which imports its stage when it is called.
+
+Errors of the four kinds end here as one line and an exit status; so does a bug, with its traceback in a file.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from causalvae import __version__
+from causalvae.config import DemoSettings, NoSettings, TrainSettings, help_text, read_settings
+from causalvae.errors import CausalVAEError, ConfigError, exit_status
+from causalvae.flags import closest, printable
+from causalvae.models.presets import PRESETS
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the number of SIGINT, of SIGPIPE, as shells have it
+NOT_YET = (
+    "explain", "init", "eval", "reconstruct", "encode", "decode", "export", "convert", "data", "report",
+    "doctor",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: what runs it, its table of settings, what it does in a line, and what to know about it."""
+
+    call: Callable[[Sequence[str]], int]
+    table: "type[DataclassInstance]"
+    does: str
+    more: str
+
+
+def run() -> None:
+    """The program `causalvae`: the first word is the command."""
+    words = sys.argv[1:]
+    sys.exit(main(words[0] if words else "--help", words[1:]))
+
+
+def main(command: str, argv: Sequence[str]) -> int:
+    """Run one command. Exit status: 0 done, 1 failed while working, 2 a mistake in what was asked."""
+    try:
+        status = _dispatch(command, argv)
+        sys.stdout.flush()
+    except CausalVAEError as error:
+        return _fail(str(error), status=exit_status(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted", status=INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return BROKEN_PIPE
+    except ModuleNotFoundError as error:
+        return _fail(_missing(error), status=1)
+    except Exception as error:  # noqa: BLE001 - the one place where a bug becomes a line
+        return _fail(_bug(error), status=1)
+    return status
+
+
+def _dispatch(command: str, argv: Sequence[str]) -> int:
+    """Answer what is about the program itself, and hand the rest to the command."""
+    if command in ("--help", "-h", "help"):
+        return _show(_overview())
+    if command == "--version":
+        return _show(f"causalvae {__version__}\n")
+    if command in NOT_YET:
+        raise ConfigError(f"causalvae {command} is not available yet; `causalvae --help` lists what is")
+    if command.startswith("-"):
+        raise ConfigError(f"{command}: a command comes first, such as `causalvae train`")
+    if command not in COMMANDS:
+        guess = closest(command, list(COMMANDS))
+        hint = f"did you mean {guess}?" if guess else f"there are {', '.join(COMMANDS)}"
+        raise ConfigError(f"{command}: there is no such command; {hint}")
+    entry = COMMANDS[command]
+    if "--help" in argv or "-h" in argv:
+        usage, intro = f"causalvae {command} [FLAGS]", f"{entry.does}. {entry.more}"
+        width = shutil.get_terminal_size().columns
+        return _show(help_text(entry.table, usage=usage, intro=intro, width=width))
+    return entry.call(argv)
+
+
+def _train(argv: Sequence[str]) -> int:
+    settings, given = read_settings(TrainSettings, argv)
+    from causalvae.train.trainer import train
+
+    return train(settings, given=given, command=("causalvae", "train", *argv)).status
+
+
+def _demo(argv: Sequence[str]) -> int:
+    settings, _ = read_settings(DemoSettings, argv)
+    from causalvae.demo import demo
+
+    return demo(output_dir=Path(settings.output_dir), seed=settings.seed)
+
+
+def _models(argv: Sequence[str]) -> int:
+    read_settings(NoSettings, argv)
+    rows = [("preset", "t x h x w", "channels", "norm", "resampling", "widths")]
+    for name, config in PRESETS.items():
+        geometry = config.geometry
+        factors = f"{geometry.temporal} x {geometry.spatial} x {geometry.spatial}"
+        widths = " ".join(str(width) for width in config.widths)
+        rows.append((name, factors, str(geometry.channels), config.norm, config.resampling, widths))
+    columns = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    padded = ([cell.ljust(columns[i]) for i, cell in enumerate(row)] for row in rows)
+    return _show("".join("  ".join(row).rstrip() + "\n" for row in padded))
+
+
+COMMANDS = {
+    "train": Command(
+        _train,
+        TrainSettings,
+        "Train a causal video VAE on videos",
+        "Give the same command again after any interruption and it goes on from its last checkpoint. To "
+        "begin with, set --video_path, --batch_size and --max_steps.",
+    ),
+    "demo": Command(
+        _demo,
+        DemoSettings,
+        "Train a tiny model on the clips that come with the package",
+        "It shows what the model has learned, in about two minutes on two CPU cores.",
+    ),
+    "models": Command(
+        _models,
+        NoSettings,
+        "List the presets of --model",
+        "It tells by how much they downsample a clip, the channels of their latents, their norms and "
+        "resampling, and the channels at each level.",
+    ),
+}
+
+
+def _overview() -> str:
+    """The help page of the program."""
+    commands = "".join(f"  {name:8} {command.does}\n" for name, command in COMMANDS.items())
+    more = "`causalvae COMMAND --help` lists the flags of a command, `causalvae --version` the version."
+    return f"usage: causalvae COMMAND [FLAGS]\n\n{commands}\n{more}\n"
+
+
+def _show(text: str) -> int:
+    print(text, end="")
+    return 0
+
+
+def _fail(message: str, *, status: int) -> int:
+    """Print one error; a list in it, whose lines are indented by two, stays a list."""
+    print("error: " + "\n  ".join(printable(line) for line in message.split("\n  ")), file=sys.stderr)
+    return status
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    """What to say where a package is not installed."""
+    if str(error.name).split(".")[0] == "causalvae":
+        return _bug(error)
+    return f"the Python package {error.name} is missing; `pip install -r requirements.txt` installs it"
+
+
+def _bug(error: Exception) -> str:
+    """What to say about an error that nobody foresaw; its traceback goes to a file."""
+    descriptor, path = tempfile.mkstemp(prefix="causalvae-", suffix=".txt")
+    with open(descriptor, "w", errors="replace") as file:
+        file.writelines(traceback.format_exception(error))
+    return f"unexpected {type(error).__name__}: {error}. This is a bug; its traceback is in {path}"
