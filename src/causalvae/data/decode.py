@@ -158,7 +158,12 @@ class Decoder:
                 raise VideoError(f"{printable(name)}: {error}") from error
 
     def _collect(
-        self, name: str, frames: Iterator[tuple[int, VideoFrame]], wanted: list[int], *, before_first: int | None
+        self,
+        name: str,
+        frames: Iterator[tuple[int, VideoFrame]],
+        wanted: list[int],
+        *,
+        before_first: int | None,
     ) -> np.ndarray:
         """The wanted frames, t h w 3, of numbered ones in display order.
 
@@ -286,7 +291,12 @@ def _index_by_packets(name: str, stamp: tuple[int, int, int]) -> FrameIndex | No
     number = {pts: i for i, pts in enumerate(times)}
     keys = sorted((number[pts], pts if dts is None else dts) for pts, dts, is_key in packets if is_key)
     return FrameIndex(
-        stamp, len(times), array("q", times), array("q", [k for k, _ in keys]), array("q", [t for _, t in keys]), False
+        stamp,
+        len(times),
+        array("q", times),
+        array("q", [k for k, _ in keys]),
+        array("q", [t for _, t in keys]),
+        False,
     )
 
 
@@ -311,4 +321,6 @@ def _index_by_decoding(name: str, stamp: tuple[int, int, int]) -> FrameIndex:
     with _opened(name) as (container, stream):
         starts = {packet.pos: packet.dts for packet in container.demux(stream) if packet.size}
     times = [starts[known[key]] for key in keys]
-    return FrameIndex(stamp, len(known), array("q", known), array("q", keys), array("q", times), by_position=True)
+    return FrameIndex(
+        stamp, len(known), array("q", known), array("q", keys), array("q", times), by_position=True
+    )

@@ -75,7 +75,9 @@ def open_source(path: str) -> ClipSource:
     if path.startswith(SAMPLE):
         return _samples(path)
     if path.endswith(".tar") or ".tar" in Path(path).suffixes:
-        raise ConfigError(f"--video_path {path}: WebDataset shards are not available yet; give a folder of videos")
+        raise ConfigError(
+            f"--video_path {path}: WebDataset shards are not available yet; give a folder of videos"
+        )
     place = Path(path)
     if not place.exists():
         raise ConfigError(
@@ -153,5 +155,7 @@ def _json_entry(name: str, number: int, line: str) -> str:
     if isinstance(value, dict):
         value = next((value[column] for column in COLUMNS if column in value), None)
     if not isinstance(value, str):
-        raise ConfigError(f"--video_path {name}: line {number} names no video; expected one of {', '.join(COLUMNS)}")
+        raise ConfigError(
+            f"--video_path {name}: line {number} names no video; expected one of {', '.join(COLUMNS)}"
+        )
     return value

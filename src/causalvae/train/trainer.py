@@ -3,12 +3,13 @@
 The one reader of TrainSettings: everything below takes plain arguments.
 """
 
+import os
 import platform
 import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,26 @@ from torch import Tensor, nn
 import causalvae
 from causalvae import rng
 from causalvae.config import (
-    Given,
     TrainSettings,
     changed_mathematics,
+    continued,
     decay_steps,
-    read_yaml,
+    notices,
     to_yaml,
-    unavailable,
     warmup_steps,
 )
-from causalvae.data.loader import ClipLoader, ClipPlan, center_clip, clip_loader
+from causalvae.data.clips import ClipPlan, center_clip
+from causalvae.data.loader import ClipLoader
 from causalvae.data.sources import ClipSource, open_source
 from causalvae.errors import ConfigError, RunError, VideoError
+from causalvae.files import redact
+from causalvae.flags import Given, read_settings
 from causalvae.geometry import Geometry
 from causalvae.losses import LossPlan, build_critic
-from causalvae.machine import Machine
+from causalvae.machine import Machine, environment, pick_device, torch_facts
 from causalvae.models.build import build
 from causalvae.models.presets import PRESETS
-from causalvae.rundir import Checkpoint, RunDir, redact
+from causalvae.rundir import Checkpoint, RunDir, damage, run_path
 from causalvae.train.optim import build_optimizer, learning_rate, set_learning_rate
 from causalvae.train.runlog import RunLog
 from causalvae.train.samples import write_samples
@@ -68,7 +71,6 @@ class _Training:
     state: TrainState
     loader: ClipLoader
     loss: LossPlan
-    device: torch.device
     samples: list[Tensor]
     skipped: int = 0
     saved: int = -1
@@ -82,55 +84,58 @@ def train(
     given: what was not a default and where it came from, for config.yaml. command: as typed, for run.json.
     Raises ConfigError for a mistake in what was asked, RunError if the run can't start or can't go on.
     """
-    warnings = unavailable(settings, given or {})
-    device = _device(settings.device)
+    device = torch.device(pick_device(settings.device))
     source = open_source(settings.video_path)
-    folder = Path(settings.output_dir) / settings.exp_name
-    with stop_on_signal() as stop, RunDir(folder) as run:
-        start = _starting_point(run, settings)
+    with stop_on_signal() as stop, RunDir(run_path(settings.output_dir, settings.exp_name)) as run:
+        settings, start = _starting_point(run, settings)
+        warnings = notices(settings, given)
         with RunLog(
             run, max_steps=settings.max_steps, log_steps=settings.log_steps, tensorboard=settings.tensorboard
         ) as log:
+            state, origin = _build_state(settings, device, start=start)
             for warning in [*warnings, *run.warnings]:
                 log.warn(warning)
-            state, origin = _build_state(settings, device, start=start)
-            _record_start(
-                run, settings, given or {}, command=command, source=source, warnings=warnings, origin=origin
-            )
-            return _run(settings, run, log, state=state, source=source, device=device, stop=stop)
+            run.write_text("config.yaml", to_yaml(settings, given))
+            facts = {
+                "warnings": [*warnings, *run.warnings],
+                "command": redact(command),
+                "device": str(device),
+            }
+            run.write_json("run.json", facts | _facts(source, origin))
+            _train(settings, run, log, state=state, source=source, stop=stop)
+    return RunResult(run.path, stop.status, state.step)
 
 
-def _run(
+def _train(
     settings: TrainSettings,
     run: RunDir,
     log: RunLog,
     *,
     state: TrainState,
     source: ClipSource,
-    device: torch.device,
     stop: StopRequest,
-) -> RunResult:
-    plan = _clip_plan(settings)
+) -> None:
     if state.step >= settings.max_steps:
         log.say(f"{run.path} is already at step {state.step}; raise --max_steps to go on")
-        return RunResult(run.path, 0, state.step)
-    known = {record["video"] for record in run.read("quarantine.jsonl")}
-    with clip_loader(
+        return
+    plan = _clip_plan(settings)
+    known = {str(record["video"]): str(record["reason"]) for record in run.records("quarantine.jsonl")}
+    with ClipLoader(
         source,
-        plan=plan,
+        plan,
         cursor=state.cursor,
         workers=settings.dataloader_num_workers,
         clip_timeout=settings.clip_timeout,
         quarantined=known,
         on_quarantine=lambda record: _quarantine(run, log, record),
     ) as loader:
-        samples = _fixed_clips(source, plan)
-        training = _Training(settings, run, log, state, loader, _loss_plan(settings), device, samples)
+        training = _Training(
+            settings, run, log, state, loader, _loss_plan(settings), _fixed_clips(source, plan)
+        )
         log.say(f"{settings.exp_name}: {len(source)} videos, {_size_of(state.vae)}, from step {state.step}")
         log.start(state.step)
         _loop(training, stop)
     log.say(f"step {state.step}: {'stopped' if stop.number else 'done'}; the run is in {run.path}")
-    return RunResult(run.path, stop.status, state.step)
 
 
 def _loop(training: _Training, stop: StopRequest) -> None:
@@ -146,6 +151,7 @@ def _loop(training: _Training, stop: StopRequest) -> None:
 
 def _step(training: _Training) -> StepResult:
     state, settings = training.state, training.settings
+    device = state.logvar.device
     clips = next(training.loader)
     rate = learning_rate(
         state.step,
@@ -158,10 +164,8 @@ def _step(training: _Training) -> StepResult:
     for optimizer in (state.optimizer, state.critic_optimizer):
         if optimizer is not None:
             set_learning_rate(optimizer, rate)
-    x = to_model(clips.pixels.to(training.device)).contiguous(memory_format=torch.channels_last_3d)
-    noise = draw_noise(
-        state.vae.geometry, tuple(x.shape), seed=settings.seed, cursor=state.cursor, device=training.device
-    )
+    x = to_model(clips.pixels.to(device)).contiguous(memory_format=torch.channels_last_3d)
+    noise = draw_noise(state.vae.geometry, x.shape, seed=settings.seed, cursor=state.cursor).to(device)
     judging = state.critic is not None and state.step >= settings.disc_start
     result = train_step(
         state,
@@ -177,16 +181,14 @@ def _step(training: _Training) -> StepResult:
     return result
 
 
-def draw_noise(
-    geometry: Geometry, shape: Sequence[int], *, seed: int, cursor: int, device: torch.device
-) -> Tensor:
+def draw_noise(geometry: Geometry, shape: Sequence[int], *, seed: int, cursor: int) -> Tensor:
     """Noise of a batch of clips b 3 t h w: b c k h w, a function of (seed, cursor, sample, latent frame)."""
     c, k, h, w = geometry.latent_shape(*shape[2:])
     clips = [
         torch.stack([rng.normal((c, h, w), rng.key("noise", seed, cursor, i, j)) for j in range(k)], dim=1)
         for i in range(shape[0])
     ]
-    return torch.stack(clips).to(device)
+    return torch.stack(clips)
 
 
 def _report(training: _Training, result: StepResult, *, rate: float, names: list[str]) -> None:
@@ -197,7 +199,7 @@ def _report(training: _Training, result: StepResult, *, rate: float, names: list
         "learning_rate": rate,
         "grad_norm": result.grad_norm,
         "critic_grad_norm": result.critic_grad_norm,
-        "memory_gib": _peak_memory(training.device) / 2**30,
+        "memory_gib": _peak_memory(training.state.logvar.device) / 2**30,
     }
     if not result.applied:
         numbers = {name: value for name, value in numbers.items() if name in ("cursor", "learning_rate")}
@@ -221,44 +223,71 @@ def _report(training: _Training, result: StepResult, *, rate: float, names: list
 
 
 def _save(training: _Training) -> None:
-    state, run, settings = training.state, training.run, training.settings
+    state, run = training.state, training.run
     started = time.monotonic()
-    run.save(state.step, state.save)
+    try:
+        _save_once(run, state)
+    except RunError as error:
+        if error.status != 1 or not run.path.exists():
+            raise
+        training.log.warn(f"{error}. Trying once more")
+        _save_once(run, state)
     training.saved = state.step
-    run.prune(settings.keep_checkpoints)
-    took = time.monotonic() - started
+    run.prune(training.settings.keep_checkpoints)
+    training.log.say(f"step {state.step}: checkpoint saved in {time.monotonic() - started:.1f} s")
     if training.samples:
         write_samples(
             run.path / "samples", state.step, vae=state.vae, clips=training.samples, weights=state.ema
         )
-    training.log.say(f"step {state.step}: checkpoint saved in {took:.1f} s")
 
 
-def _starting_point(run: RunDir, settings: TrainSettings) -> Checkpoint | None:
-    """The checkpoint to go on from, or None to start; metrics beyond it are dropped. Refuses changed mathematics."""
-    if settings.resume == "never" and run.has_content():
+def _save_once(run: RunDir, state: TrainState) -> None:
+    with run.stage(state.step) as folder:
+        state.save(folder)
+
+
+def _starting_point(run: RunDir, settings: TrainSettings) -> tuple[TrainSettings, Checkpoint | None]:
+    """The settings in force and the checkpoint to go on from; records of later steps are dropped.
+
+    Refuses changed mathematics, and a run that is not empty where --resume never was given.
+    """
+    if settings.resume == "never" and not run.was_empty:
         raise RunError(
-            f"{run.path} is not empty and --resume never was given: choose another --exp_name, or leave --resume out "
+            f"{run.path} is not empty and --resume never was given; choose another --exp_name, or leave --resume out "
             "to go on"
         )
     checkpoint = run.latest()
-    if checkpoint is not None:
-        _refuse_changes(run.path / "config.yaml", settings)
-        torch.set_num_threads(read_counters(checkpoint.path)["threads"])
-    run.drop_after("metrics.jsonl", step=checkpoint.step if checkpoint is not None else 0)
     if checkpoint is None and settings.resume not in ("auto", "never"):
-        return Checkpoint.at(Path(settings.resume))
-    return checkpoint
+        checkpoint = _checkpoint_at(Path(settings.resume))
+    if checkpoint is not None:
+        settings = _continue(settings, checkpoint.path.parent.parent / "config.yaml")
+        torch.set_num_threads(read_counters(checkpoint.path)["threads"])
+    run.rewind("metrics.jsonl", checkpoint.step if checkpoint is not None else 0)
+    return settings, checkpoint
 
 
-def _refuse_changes(config: Path, settings: TrainSettings) -> None:
-    changed = changed_mathematics(read_yaml(TrainSettings, config), settings)
+def _checkpoint_at(path: Path) -> Checkpoint:
+    if not (path / "state.json").is_file():
+        raise ConfigError(
+            f"--resume {path}: no checkpoint is there; name a folder such as RUN/checkpoints/step-00001000 that holds "
+            "state.json"
+        )
+    reason = damage(path)
+    if reason is not None:
+        raise RunError(f"--resume {path}: this checkpoint is damaged: {reason}; name an earlier one")
+    return Checkpoint(read_counters(path)["step"], path, full=True)
+
+
+def _continue(settings: TrainSettings, config: Path) -> TrainSettings:
+    saved, _ = read_settings(TrainSettings, ["--config", str(config)])
+    changed = changed_mathematics(saved, settings)
     if changed:
         listed = "; ".join(f"--{name}: {old} -> {new}" for name, old, new in changed)
         raise ConfigError(
-            f"{config.parent} was trained with other settings, and to go on with these would not be the same run: "
-            f"{listed}. Give the old values, or choose another --exp_name"
+            f"{config.parent} was trained with other settings, and with these it would not be the same run: {listed}. "
+            "Give the old values, or choose another --exp_name"
         )
+    return continued(saved, settings)
 
 
 def _build_state(
@@ -339,48 +368,21 @@ def _quarantine(run: RunDir, log: RunLog, record: dict[str, Any]) -> None:
     log.warn(f"{record['video']} is left out: {record['reason']}")
 
 
-def _record_start(
-    run: RunDir,
-    settings: TrainSettings,
-    given: Mapping[str, Given],
-    *,
-    command: Sequence[str],
-    source: ClipSource,
-    warnings: Sequence[str],
-    origin: Origin | None,
-) -> None:
-    """config.yaml and run.json: what is in force, on what, from what."""
-    run.write_text("config.yaml", to_yaml(settings, given))
-    machine = Machine.look()
-    run.write_json(
-        "run.json",
-        {
-            "causalvae": causalvae.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "system": platform.platform(),
-            "cpu": machine.cpu,
-            "threads": torch.get_num_threads(),
-            "device": str(_device(settings.device)),
-            "precision": "fp32",
-            "amp_level": "O0",
-            "jit_level": "O0",
-            "command": redact(command),
-            "warnings": list(warnings),
-            "weights": None if origin is None else {"file": str(origin.path), "sha256": origin.sha256},
-            "dataset": {"name": source.name, "videos": len(source), "fingerprint": source.fingerprint},
-        },
-    )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there[device.type] or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        raise ConfigError(f"--device {name}: this machine has no such device; use auto or cpu")
-    return device
+def _facts(source: ClipSource, origin: Origin | None) -> dict[str, Any]:  # Any: JSON
+    """What a run stands on: versions, machine, data and weights."""
+    return {
+        "causalvae": causalvae.__version__,
+        "python": platform.python_version(),
+        "torch": asdict(torch_facts()),
+        "machine": asdict(Machine.look()),
+        "environment": environment(os.environ),
+        "precision": "fp32",
+        "amp_level": "O0",
+        "jit_level": "O0",
+        "deterministic": True,
+        "weights": None if origin is None else {"file": str(origin.path), "sha256": origin.sha256},
+        "dataset": {"name": source.name, "videos": len(source), "fingerprint": source.fingerprint},
+    }
 
 
 def _size_of(module: nn.Module) -> str:
