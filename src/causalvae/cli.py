@@ -97,7 +97,9 @@ def _demo(argv: Sequence[str]) -> int:
     settings, _ = read_settings(DemoSettings, argv)
     from causalvae.demo import demo
 
-    return demo(output_dir=Path(settings.output_dir), seed=settings.seed)
+    result = demo(output_dir=Path(settings.output_dir), seed=settings.seed)
+    _show(result.text)
+    return result.status
 
 
 def _models(argv: Sequence[str]) -> int:

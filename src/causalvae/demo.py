@@ -1,0 +1,106 @@
+"""The whole job in two minutes: train the tiny preset on the bundled clips and look at a clip it never saw."""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from causalvae.config import TrainSettings
+from causalvae.data.clips import ClipPlan, center_clip
+from causalvae.data.encode import contact_sheet, side_by_side, write_png, write_video
+from causalvae.data.sources import open_source
+from causalvae.flags import Given, Resolution
+from causalvae.metrics import psnr
+from causalvae.models.build import build
+from causalvae.models.causalvae import CausalVAE
+from causalvae.models.presets import PRESETS
+from causalvae.train.samples import reconstruct
+from causalvae.train.trainer import train
+from causalvae.weights.read import read_tensors
+
+MODEL = "tiny"
+HELD_OUT_FRAMES = 65  # of the held-back clip, from its first
+# Measured on two cores: see docs/demo.md
+SETTINGS: dict[str, Any] = {  # Any: values of any flag
+    "exp_name": "demo",
+    "video_path": "sample:",
+    "model": MODEL,
+    "batch_size": 4,
+    "video_num_frames": 9,
+    "resolution": Resolution(96, 96),
+    "max_steps": 150,
+    "save_steps": 75,
+    "start_learning_rate": 3e-4,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 20,
+    "clip_grad": True,
+    "ema_decay": 0.98,
+    "disc_type": "none",
+    "dataloader_num_workers": 1,
+}
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """How it ended, and what to tell: exit status, PSNR in dB on the held-back clip, and a text of a few lines."""
+
+    status: int
+    psnr_before: float | None
+    psnr_after: float | None
+    text: str
+
+
+def demo(*, output_dir: Path, seed: int = 0) -> DemoResult:
+    """Train, compare before and after on the held-back clip, and write pictures of it."""
+    started = time.monotonic()
+    chosen = SETTINGS | {"output_dir": str(output_dir), "seed": seed}
+    settings = TrainSettings(**chosen)
+    given = {name: Given(value, "causalvae demo") for name, value in chosen.items()}
+    result = train(settings, given=given, command=("causalvae", "demo"))
+    if result.status != 0:
+        return DemoResult(result.status, None, None, "stopped; `causalvae demo` goes on from here\n")
+    clip = _held_out_clip(settings)
+    vae = build(PRESETS[MODEL], seed=seed)
+    before = reconstruct(vae, clip)
+    averaged = read_tensors(result.path / "checkpoints" / f"step-{settings.max_steps:08d}" / "ema.safetensors")
+    after = reconstruct(vae, clip, weights=averaged)
+    _write_pictures(result.path, clip, before, after)
+    score = psnr(clip, before), psnr(clip, after)
+    seconds = time.monotonic() - started
+    return DemoResult(0, *score, _text(settings, result.path, vae, clip, score=score, seconds=seconds))
+
+
+def _held_out_clip(settings: TrainSettings) -> Tensor:
+    size = (settings.resolution.height, settings.resolution.width)
+    return center_clip(open_source("sample:held_out")[0], ClipPlan(frames=HELD_OUT_FRAMES, size=size))
+
+
+def _write_pictures(folder: Path, clip: Tensor, before: Tensor, after: Tensor) -> None:
+    """Each uint8 3 t h w. The picture: the clip above what came out before and after the training."""
+    films = [x.permute(1, 2, 3, 0) for x in (clip, before, after)]  # 3 t h w -> t h w 3
+    write_video(folder / "held_out.mp4", side_by_side(films[0], films[2]))
+    write_png(folder / "held_out.png", contact_sheet(films))
+
+
+def _text(
+    settings: TrainSettings, run: Path, vae: CausalVAE, clip: Tensor, *, score: tuple[float, float], seconds: float
+) -> str:
+    latent = vae.geometry.latent_shape(*clip.shape[1:])
+    kept = clip.numel() / math.prod(latent)
+    return f"""
+What happened: {settings.max_steps} steps of {settings.batch_size} clips taught the preset `{MODEL}` to squeeze
+{settings.video_num_frames} frames of {settings.resolution}x{settings.resolution} pixels into {kept:.0f} times fewer numbers and back.
+On a clip that it never saw (two towers at night, {clip.shape[1]} frames) the PSNR is
+  {score[0]:.2f} dB before training, from the start that `{MODEL}` is given
+  {score[1]:.2f} dB after it, in {seconds:.0f} s in all
+Look at
+  {run / "held_out.png"}   the clip, before, after
+  {run / "held_out.mp4"}   the clip and its reconstruction
+  {run / "samples"}        clips of the training, over the steps
+  {run / "metrics.jsonl"}  every number of every step
+Next: your own videos
+  causalvae train --video_path FOLDER --batch_size 1 --max_steps 5000 --model small
+"""
