@@ -75,7 +75,7 @@ def demo(*, output_dir: Path, seed: int = 0) -> DemoResult:
 
 def _held_out_clip(settings: TrainSettings) -> Tensor:
     size = (settings.resolution.height, settings.resolution.width)
-    return center_clip(open_source("sample:held_out")[0], ClipPlan(frames=HELD_OUT_FRAMES, size=size))
+    return center_clip(open_source("sample:heldout")[0], ClipPlan(frames=HELD_OUT_FRAMES, size=size))
 
 
 def _write_pictures(folder: Path, clip: Tensor, before: Tensor, after: Tensor) -> None:

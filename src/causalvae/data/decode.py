@@ -1,14 +1,16 @@
 """Exact frames out of video files: frame n of a random read is frame n of decoding the file from its start.
 
-Seeking by time and dropping early frames is wrong for AVI with B-frames and for open GOPs. Here an index of the
-file's frames is made once: from its packets where they carry true presentation times, else by decoding it once.
-A read starts one keyframe earlier than needed, then every frame that comes out is matched with the index. If one
-does not match, the file is decoded from its start and the frames are counted. Header frame counts are never used.
+Seeking by time and dropping early frames is wrong for AVI with B-frames and for open GOPs. Here an index of
+the file's frames is made once: from its packets where they carry true presentation times, else by decoding.
+A read starts one keyframe earlier than needed (where keyframes may be recovery points), then every frame that
+comes out is matched with the index. If one does not match, the file is decoded from its start and frames are
+counted. Header counts are never used.
 """
 
 import os
 import stat
 from array import array
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import av
+import av.error
 import numpy as np
 import torch
 from av.container import InputContainer
@@ -31,12 +34,13 @@ ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FU
 MAX_PIXELS = 1 << 26  # per frame: twice 8K; a damaged header must not ask for all of the memory
 INDEX_CACHE = 16384  # files; about 2 KB each for a video of 200 frames
 TIMED_FORMATS = {"mov", "matroska", "mpeg", "mpegts", "flv", "asf"}  # their packets carry presentation times
+CLOSED_CODECS = {"mpeg4", "vp8", "vp9"}  # nothing shown after a keyframe refers to what was before it
 ESCAPES = 3  # seeks that may land too late before the file is read from its start
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file holds. frames: how many decode; height, width: as displayed, after rotation; fps: average."""
+    """What a file holds. frames: how many decode; height, width: as displayed; fps: average."""
 
     path: str
     frames: int
@@ -52,6 +56,7 @@ class FrameIndex:
     labels: what tells frames apart: the packet's presentation time, or its position where `by_position`.
     Empty if there is nothing to go by, and the file is always read from its start.
     keys: numbers of the keyframes; key_times: what to seek to for each.
+    lead: how many keyframes before the one needed a read enters.
     """
 
     stamp: tuple[int, int, int]
@@ -60,10 +65,11 @@ class FrameIndex:
     keys: "array[int]"
     key_times: "array[int]"
     by_position: bool
+    lead: int
 
 
 def printable(name: str | Path) -> str:
-    """A file name for a message: control characters, direction marks and bytes that are no text are escaped."""
+    """A file name for a message: control characters, direction marks and bytes that are no text escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
 
 
@@ -105,9 +111,7 @@ class Decoder:
         if not numbers or min(numbers) < 0:
             raise VideoError(f"{printable(name)}: frame numbers start at 0, got {numbers}")
         if max(numbers) >= index.frames:
-            raise VideoError(
-                f"{printable(name)}: frame {max(numbers)} was asked for, it has {index.frames} (0 to {index.frames - 1})"
-            )
+            raise VideoError(f"{printable(name)}: frame {max(numbers)} was asked for, it has {index.frames}")
         wanted = sorted(set(numbers))
         frames = self._read_from_key(name, index, wanted)
         if frames is None:
@@ -133,18 +137,17 @@ class Decoder:
         return index
 
     def _read_from_key(self, name: str, index: FrameIndex, wanted: list[int]) -> np.ndarray | None:
-        """Frames t h w 3 by a seek, or None where the seek can't be shown to be exact or something is damaged."""
-        before = [i for i, key in enumerate(index.keys) if key <= wanted[0]]
-        if not index.labels or len(before) < 3:
-            return None  # the start of the file is at most one keyframe away
+        """Frames t h w 3 by a seek, or None where it can't be shown to be exact or something is damaged."""
+        needed = bisect_right(index.keys, wanted[0]) - 1
+        if not index.labels or needed - index.lead < 1:
+            return None  # the start of the file is as near
         with _opened(name) as (container, stream):
-            for turn in range(2, min(2 + ESCAPES, len(before))):
-                entry = before[-turn]
+            for entry in range(needed - index.lead, max(0, needed - index.lead - ESCAPES), -1):
                 try:
                     container.seek(index.key_times[entry], stream=stream, backward=True)
                     frames = _numbered(_decoded(container, stream, by_position=index.by_position), index)
-                    return self._collect(name, frames, wanted, before_first=index.keys[before[-1]])
-                except (av.FFmpegError, _NotExactError):
+                    return self._collect(name, frames, wanted, enter_by=index.keys[needed - index.lead])
+                except (av.error.FFmpegError, _NotExactError):
                     continue
         return None
 
@@ -153,7 +156,7 @@ class Decoder:
         with _opened(name) as (container, stream):
             frames = enumerate(frame for frame, _ in _decoded(container, stream, by_position=False))
             try:
-                return self._collect(name, frames, wanted, before_first=None)
+                return self._collect(name, frames, wanted, enter_by=None)
             except _NotExactError as error:
                 raise VideoError(f"{printable(name)}: {error}") from error
 
@@ -163,19 +166,19 @@ class Decoder:
         frames: Iterator[tuple[int, VideoFrame]],
         wanted: list[int],
         *,
-        before_first: int | None,
+        enter_by: int | None,
     ) -> np.ndarray:
         """The wanted frames, t h w 3, of numbered ones in display order.
 
-        before_first: if given, decoding must have begun before this keyframe, or what comes may lack references.
+        enter_by: if given, the first frame must be this keyframe or an earlier one, lest references lack.
         """
         out: np.ndarray | None = None
         filled = 0
         begun: int | None = None
         for number, frame in frames:
             begun = number if begun is None else begun
-            if before_first is not None and begun >= before_first:
-                raise _NotExactError(f"the seek led to frame {begun}, past keyframe {before_first}")
+            if enter_by is not None and begun > enter_by:
+                raise _NotExactError(f"the seek led to frame {begun}, past keyframe {enter_by}")
             if number != wanted[filled]:
                 continue
             if frame.is_corrupt:
@@ -195,7 +198,9 @@ class Decoder:
         """One frame as uint8 h w 3, upright. May be a view of the frame's memory."""
         rgb = self._reformatter.reformat(frame, format="rgb24", interpolation=ACCURATE, threads=1)
         plane = rgb.planes[0]
-        rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: rgb.height, : rgb.width * 3]
+        rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[
+            : rgb.height, : rgb.width * 3
+        ]
         picture = rows.reshape(rgb.height, rgb.width, 3)
         return np.rot90(picture, round(frame.rotation / 90)) if frame.rotation else picture
 
@@ -226,7 +231,7 @@ def _opened(name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     try:
         with av.open(os.path.abspath(name), options={"protocol_whitelist": "file"}) as container:
             yield container, _video_stream(container, name)
-    except av.FFmpegError as error:
+    except av.error.FFmpegError as error:
         raise VideoError(f"{printable(name)}: {error.strerror or type(error).__name__}") from error
     except (MemoryError, UnicodeError) as error:
         raise VideoError(f"{printable(name)}: {type(error).__name__}") from error
@@ -239,7 +244,10 @@ def _video_stream(container: InputContainer, name: str) -> VideoStream:
     stream = streams[0]
     stream.thread_type = "NONE"
     stream.codec_context.thread_count = 1
-    stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
+    strict = (
+        {} if stream.codec_context.name == "tiff" else {"err_detect": "explode"}
+    )  # it refuses sound TIFFs
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS), **strict}
     stream.codec_context.copy_opaque = True
     return stream
 
@@ -248,11 +256,22 @@ def _decoded(
     container: InputContainer, stream: VideoStream, *, by_position: bool
 ) -> Iterator[tuple[VideoFrame, int | None]]:
     """Frames in display order with their label: the position of their packet, or their presentation time."""
+    first_key: int | None = None
     for packet in container.demux(stream):
+        if first_key is None and packet.is_keyframe:
+            first_key = packet.pts
         if by_position and packet.size:
             packet.opaque = packet.pos
-        for frame in stream.codec_context.decode(packet):
-            yield frame, frame.opaque if by_position else frame.pts
+        try:
+            frames = stream.codec_context.decode(packet)
+        except av.error.InvalidDataError:
+            # After a seek or a cut, frames shown before the first keyframe may lack what they refer to.
+            if first_key is None or packet.pts is None or packet.pts >= first_key:
+                raise
+            continue
+        for frame in frames:
+            label = frame.opaque if by_position else frame.pts
+            yield frame, label if isinstance(label, int) else None
 
 
 def _numbered(
@@ -262,7 +281,7 @@ def _numbered(
     number: int | None = None
     for frame, label in frames:
         if number is None:
-            number = index.labels.index(label) if label in index.labels else None
+            number = index.labels.index(label) if label is not None and label in index.labels else None
         elif number + 1 < index.frames and index.labels[number + 1] == label:
             number += 1
         else:
@@ -273,7 +292,7 @@ def _numbered(
 
 
 def _index_by_packets(name: str, stamp: tuple[int, int, int]) -> FrameIndex | None:
-    """The index by presentation times, without decoding, or None where packets don't tell the order of frames."""
+    """The index by presentation times, without decoding, or None where packets don't tell the order."""
     with _opened(name) as (container, stream):
         packets = [
             (packet.pts, packet.dts, packet.is_keyframe)
@@ -282,22 +301,33 @@ def _index_by_packets(name: str, stamp: tuple[int, int, int]) -> FrameIndex | No
         ]
         timed = bool(TIMED_FORMATS & set(container.format.name.split(",")))
         timed = timed or (container.format.name == "avi" and not stream.codec_context.has_b_frames)
+        closed = stream.codec_context.name in CLOSED_CODECS or all(is_key for _, _, is_key in packets)
     if len(packets) == 1:
-        return FrameIndex(stamp, 1, array("q"), array("q"), array("q"), by_position=False)
+        return _bare_index(stamp, 1)
     times = sorted(pts for pts, _, _ in packets if pts is not None)
     ordered = len(times) == len(packets) == len(set(times)) and packets[0][2] and packets[0][0] == times[0]
     if not (timed and ordered):
         return None
     number = {pts: i for i, pts in enumerate(times)}
-    keys = sorted((number[pts], pts if dts is None else dts) for pts, dts, is_key in packets if is_key)
+    keys = sorted(
+        (number[pts], pts if dts is None else dts)
+        for pts, dts, is_key in packets
+        if is_key and pts is not None
+    )
     return FrameIndex(
         stamp,
         len(times),
         array("q", times),
-        array("q", [k for k, _ in keys]),
-        array("q", [t for _, t in keys]),
-        False,
+        array("q", [key for key, _ in keys]),
+        array("q", [time for _, time in keys]),
+        by_position=False,
+        lead=0 if closed else 1,
     )
+
+
+def _bare_index(stamp: tuple[int, int, int], frames: int) -> FrameIndex:
+    """The index of a file that is always read from its start."""
+    return FrameIndex(stamp, frames, array("q"), array("q"), array("q"), by_position=False, lead=0)
 
 
 def _is_shown(packet: av.Packet, stream: VideoStream) -> bool:
@@ -306,21 +336,24 @@ def _is_shown(packet: av.Packet, stream: VideoStream) -> bool:
 
 
 def _index_by_decoding(name: str, stamp: tuple[int, int, int]) -> FrameIndex:
-    """The index by decoding the file once. In an AVI, frames are known again by the position of their packet."""
+    """The index by decoding the file once. In an AVI, frames are known by the position of their packet."""
     labels: list[int | None] = []
     keys: list[int] = []
     with _opened(name) as (container, stream):
         seekable = container.format.name == "avi"
+        closed = stream.codec_context.name in CLOSED_CODECS
         for frame, label in _decoded(container, stream, by_position=True):
             if frame.key_frame:
                 keys.append(len(labels))
             labels.append(label)
     known = [label for label in labels if label is not None and label >= 0]
     if not seekable or len(set(known)) != len(labels):
-        return FrameIndex(stamp, len(labels), array("q"), array("q"), array("q"), by_position=True)
+        return _bare_index(stamp, len(labels))
     with _opened(name) as (container, stream):
-        starts = {packet.pos: packet.dts for packet in container.demux(stream) if packet.size}
-    times = [starts[known[key]] for key in keys]
+        starts = {packet.pos: packet.dts for packet in container.demux(stream) if packet.dts is not None}
+    keys = [key for key in keys if known[key] in starts]
+    times = array("q", [starts[known[key]] for key in keys])
+    lead = 0 if closed else 1
     return FrameIndex(
-        stamp, len(known), array("q", known), array("q", keys), array("q", times), by_position=True
+        stamp, len(known), array("q", known), array("q", keys), times, by_position=True, lead=lead
     )

@@ -1,161 +1,200 @@
-"""Where videos come from: a folder, one file, a list, or the clips that come with the package, in a fixed order."""
+"""Where videos come from: a folder, a file, a list, or the clips of the package, each in a fixed order.
+
+A source knows names, not contents: making one opens no video. The id of a video is its path relative to the
+source, so that it is the same on every machine.
+"""
 
 import csv
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from causalvae.data.decode import printable
 from causalvae.errors import ConfigError
 
-VIDEO_ENDINGS = frozenset(
-    ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .m2ts .mts .wmv .flv .ogv .3gp .gif .y4m .vob .mxf".split()
-)
-IMAGE_ENDINGS = frozenset(".png .jpg .jpeg .bmp .webp .tif .tiff".split())
-LIST_ENDINGS = frozenset((".txt", ".csv", ".jsonl"))
-COLUMNS = ("video", "path", "file", "video_path")  # of a list that name the video, the first that is there
-SAMPLE = "sample:"
-SAMPLE_FOLDER = Path(__file__).parent.parent / "clips"
-HELD_OUT = "held_out"  # the folder in SAMPLE_FOLDER that `sample:` leaves out
+VIDEO_ENDINGS = (".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4")
+VIDEO_ENDINGS += (".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv")
+IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+LIST_ENDINGS = (".txt", ".csv", ".jsonl")
+LIST_KEYS = ("video", "path", "file")  # of a CSV column or JSON field that holds the path
+CLIPS = Path(__file__).parent.parent / "clips"
+SAMPLES = {"sample:": ("bunny.webm", "city_towers.avi"), "sample:heldout": ("city_spire.mp4",)}
+TRY_SAMPLES = "meanwhile `--video_path sample:` works, with the clips that come with the package"
 
 
 @dataclass(frozen=True)
 class VideoRef:
-    """One video. id: its name within the source, the same on every machine. path: absolute."""
+    """One video of a source. id: stable across machines, for logs and manifests; path: where it is here."""
 
     id: str
     path: str
 
 
 class ClipSource(Protocol):
-    """Videos in a fixed order."""
+    """Videos in a fixed order. fingerprint: changes when a video is added, removed, renamed or resized."""
 
-    name: str
-    fingerprint: str
-
-    def __len__(self) -> int:
-        """How many."""
-        ...
-
-    def __getitem__(self, index: int) -> VideoRef:
-        """One of them."""
-        ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> VideoRef: ...
 
 
-@dataclass(frozen=True)
-class VideoList:
-    """A source whose videos are known from the start. fingerprint: SHA-256 over names and sizes."""
+class FileSource:
+    """A source made of files whose names are known."""
 
-    name: str
-    videos: tuple[VideoRef, ...]
+    def __init__(self, name: str, refs: Iterable[VideoRef]) -> None:
+        self.name = name
+        self._refs = tuple(refs)
 
     def __len__(self) -> int:
-        """How many."""
-        return len(self.videos)
+        return len(self._refs)
 
     def __getitem__(self, index: int) -> VideoRef:
-        """One of them."""
-        return self.videos[index]
+        return self._refs[index]
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the names and the sizes of the files."""
+        """sha256 over the id and size of every video, in order. A missing file counts as size -1."""
         digest = hashlib.sha256()
-        for video in self.videos:
-            size = os.stat(video.path).st_size if os.path.exists(video.path) else -1
-            digest.update(f"{video.id}\0{size}\n".encode("utf-8", "surrogateescape"))
+        for ref in self._refs:
+            digest.update(json.dumps([ref.id, _size(ref.path)]).encode("ascii") + b"\n")
         return digest.hexdigest()
 
 
-def open_source(path: str) -> ClipSource:
-    """The videos that --video_path names. ConfigError if there are none, with what was looked for."""
-    if path.startswith(SAMPLE):
-        return _samples(path)
-    if path.endswith(".tar") or ".tar" in Path(path).suffixes:
-        raise ConfigError(
-            f"--video_path {path}: WebDataset shards are not available yet; give a folder of videos"
-        )
-    place = Path(path)
-    if not place.exists():
-        raise ConfigError(
-            f"--video_path {path}: there is no such file or folder. Give a folder of videos, one video, or a list of "
-            "them; --video_path sample: trains on the clips that come with the package"
-        )
-    if place.is_dir():
-        return _folder(path, place)
-    if place.suffix.lower() in LIST_ENDINGS:
-        return _listed(path, place)
-    return VideoList(path, (VideoRef(place.name, os.path.abspath(place)),))
+def open_source(video_path: str) -> ClipSource:
+    """The source that `--video_path` names. ConfigError, with what to do, if there is none.
+
+    A folder (searched recursively), a video or image, a list (.txt: a path per line; .csv, .jsonl: a column
+    `video`, `path` or `file`), `sample:`, or `sample:heldout`.
+    """
+    if video_path.startswith("sample:"):
+        return _sample_source(video_path)
+    path = Path(video_path)
+    try:
+        is_folder, is_file = path.is_dir(), path.exists()
+    except (OSError, ValueError) as error:  # a name too long, a NUL
+        raise ConfigError(f"--video_path {printable(video_path)}: not a path that can be opened") from error
+    if is_folder:
+        return _folder_source(path)
+    if path.suffix.lower() == ".tar" or (".tar" in video_path and any(mark in video_path for mark in "{*")):
+        raise ConfigError(f"--video_path {printable(video_path)}: WebDataset .tar is not available yet")
+    if not is_file:
+        raise ConfigError(_missing(path))
+    if path.suffix.lower() in LIST_ENDINGS:
+        return _list_source(path)
+    return FileSource(path.name, [VideoRef(path.name, os.path.abspath(path))])
 
 
-def _samples(path: str) -> VideoList:
-    chosen = {SAMPLE: SAMPLE_FOLDER, SAMPLE + HELD_OUT: SAMPLE_FOLDER / HELD_OUT}
-    if path not in chosen:
-        raise ConfigError(f"--video_path {path}: there are {' and '.join(chosen)}")
-    files = sorted(p for p in chosen[path].iterdir() if p.suffix in VIDEO_ENDINGS)
-    return VideoList(path, tuple(VideoRef(p.name, str(p)) for p in files))
+def _sample_source(video_path: str) -> FileSource:
+    if video_path not in SAMPLES:
+        raise ConfigError(f"--video_path {printable(video_path)}: there are {' and '.join(SAMPLES)}")
+    return FileSource(video_path, [VideoRef(name, str(CLIPS / name)) for name in SAMPLES[video_path]])
 
 
-def _folder(name: str, folder: Path) -> VideoList:
-    endings = VIDEO_ENDINGS | IMAGE_ENDINGS
-    found = sorted(p for p in _files_below(folder, seen=set()) if Path(p).suffix.lower() in endings)
+def _missing(path: Path) -> str:
+    """What to say of a path that is not there."""
+    nearest = next((p for p in path.parents if p.is_dir()), Path("."))
+    text = f"--video_path {printable(path)}: there is no such file or folder"
+    text += f" (of that path, {printable(os.path.abspath(nearest))} exists)"
+    if "ucf101" in str(path).lower():
+        text += ". UCF101 is at https://www.crcv.ucf.edu/data/UCF101.php: unpack it there or give its folder"
+    else:
+        text += ". Give a folder with videos, a video, or a list of paths"
+    return f"{text}; {TRY_SAMPLES}"
+
+
+def _folder_source(folder: Path) -> FileSource:
+    root = os.path.abspath(folder)
+    endings = VIDEO_ENDINGS + IMAGE_ENDINGS
+    found = [path for path in _walk(root) if os.path.splitext(path)[1].lower() in endings]
     if not found:
         raise ConfigError(
-            f"--video_path {name}: no videos in this folder or below it; looked for {' '.join(sorted(endings))}"
+            f"--video_path {printable(folder)}: no video or image in this folder or below it. Looked for "
+            f"files ending in {' '.join(endings)}; {TRY_SAMPLES}"
         )
-    return VideoList(name, tuple(VideoRef(os.path.relpath(p, folder), os.path.abspath(p)) for p in found))
+    refs = (VideoRef(os.path.relpath(path, root).replace(os.sep, "/"), path) for path in found)
+    return FileSource(os.path.basename(root) or root, sorted(refs, key=lambda ref: os.fsencode(ref.id)))
 
 
-def _files_below(folder: Path | str, *, seen: set[tuple[int, int]]) -> Iterator[str]:
-    """Paths of files, links to files and folders followed; a folder met a second time is passed over."""
-    try:
-        here = os.stat(folder)
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except PermissionError as error:
-        raise ConfigError(f"--video_path {folder}: this folder may not be read") from error
-    if (here.st_dev, here.st_ino) in seen:
-        return
-    seen.add((here.st_dev, here.st_ino))
-    for entry in entries:
-        if entry.is_dir():
-            yield from _files_below(entry.path, seen=seen)
+def _walk(root: str) -> Iterator[str]:
+    """Every file below, with links followed. A folder is entered once, so a loop of links ends.
+
+    Fifos and devices with the right ending are given as well: reading them is an error that names them.
+    """
+    entered: set[tuple[int, int]] = set()
+    for folder, below, files in os.walk(root, followlinks=True, onerror=_refuse):
+        found = os.stat(folder)
+        if (found.st_dev, found.st_ino) in entered:
+            below.clear()
+            continue
+        entered.add((found.st_dev, found.st_ino))
+        below.sort(key=os.fsencode)
+        yield from (os.path.join(folder, name) for name in files)
+
+
+def _refuse(error: OSError) -> None:
+    raise ConfigError(f"{printable(error.filename)}: this folder can't be read: {error.strerror}") from error
+
+
+def _list_source(path: Path) -> FileSource:
+    """Videos named by a list, in its order; a relative path starts at the list's folder."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        if path.suffix.lower() == ".csv":
+            names = list(_csv_names(file))
+        elif path.suffix.lower() == ".jsonl":
+            names = list(_jsonl_names(file, path))
         else:
-            yield entry.path
+            names = [name for line in file if (name := line.rstrip("\r\n")).strip() and name[0] != "#"]
+    if not names:
+        raise ConfigError(f"--video_path {printable(path)}: the list names no video")
+    folder = os.path.dirname(os.path.abspath(path))
+    refs = (VideoRef(name, os.path.normpath(os.path.join(folder, name))) for name in names)
+    return FileSource(path.name, refs)
 
 
-def _listed(name: str, file: Path) -> VideoList:
-    entries = [entry for entry in _entries(name, file) if entry]
-    if not entries:
-        raise ConfigError(f"--video_path {name}: the list names no video")
-    folder = os.path.abspath(file.parent)
-    return VideoList(name, tuple(VideoRef(entry, os.path.join(folder, entry)) for entry in entries))
+def _csv_names(lines: Iterable[str]) -> Iterator[str]:
+    """The column `video`, `path` or `file` of a table with a heading, else the first column of every row."""
+    column: int | None = None
+    for row in csv.reader(lines):
+        if column is None:
+            heading = [cell.strip().lower() for cell in row]
+            known = [heading.index(key) for key in LIST_KEYS if key in heading]
+            column = known[0] if known else 0
+            if known:
+                continue
+        if len(row) > column and row[column].strip():
+            yield row[column]
 
 
-def _entries(name: str, file: Path) -> list[str]:
-    """What a list names. Text: a path per line, # comments. CSV and JSONL: a column, or JSON strings."""
-    text = file.read_bytes().decode("utf-8-sig", "surrogateescape")
-    if file.suffix.lower() == ".csv":
-        rows = list(csv.reader(text.splitlines()))
-        column = next((rows[0].index(c) for c in COLUMNS if rows and c in rows[0]), None)
-        return [row[column or 0] for row in rows[0 if column is None else 1 :] if len(row) > (column or 0)]
-    lines = [line.strip("\r") for line in text.split("\n") if line.strip()]
-    if file.suffix.lower() == ".txt":
-        return [line for line in lines if not line.startswith("#")]
-    return [_json_entry(name, number, line) for number, line in enumerate(lines, start=1)]
+def _jsonl_names(lines: Iterable[str], path: Path) -> Iterator[str]:
+    """One JSON value a line: a path, or an object with `video`, `path` or `file`."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"--video_path {printable(path)}, line {number}: not JSON ({error.msg})"
+            ) from error
+        if isinstance(value, dict):
+            value = next((value[key] for key in LIST_KEYS if key in value), None)
+        if not isinstance(value, str) or not value:
+            raise ConfigError(
+                f"--video_path {printable(path)}, line {number}: neither a path nor an object with one of "
+                f"{', '.join(LIST_KEYS)}"
+            )
+        yield value
 
 
-def _json_entry(name: str, number: int, line: str) -> str:
+def _size(path: str) -> int:
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--video_path {name}: line {number} is not JSON: {error}") from error
-    if isinstance(value, dict):
-        value = next((value[column] for column in COLUMNS if column in value), None)
-    if not isinstance(value, str):
-        raise ConfigError(
-            f"--video_path {name}: line {number} names no video; expected one of {', '.join(COLUMNS)}"
-        )
-    return value
+        return os.stat(path).st_size
+    except (OSError, ValueError):
+        return -1
