@@ -248,6 +248,16 @@ class RunDir:
         except OSError as error:
             self._warn_once(f"{self.path / name}: lines are missing, {error.strerror}; training goes on")
 
+    def records(self, name: str) -> list[dict[str, Any]]:  # Any: JSON values nest
+        """The whole records of a file of JSON lines; none if there is no such file."""
+        path = self.path / name
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        found: list[dict[str, Any]] = []
+        for line in lines:
+            with contextlib.suppress(ValueError):  # a line that a kill cut off
+                found.append(cast("dict[str, Any]", json.loads(line)))
+        return found
+
     def rewind(self, name: str, step: int) -> None:
         """Drop the records of later steps and a torn last line, so that a resumed run repeats nothing."""
         path = self.path / name

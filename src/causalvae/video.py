@@ -39,3 +39,8 @@ def pad_frames(x: Tensor, geometry: Geometry) -> Tensor:
 def crop_frames(x: Tensor, frames: int) -> Tensor:
     """b c t h w -> its first `frames` frames: the inverse of pad_frames on a reconstruction."""
     return x[:, :, :frames]
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Half precisions as fp32: losses, statistics and metrics are not computed in less."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from causalvae.geometry import Geometry
 from causalvae.models.presets import CausalVAEConfig
 from causalvae.models.stream import Stream
+from causalvae.video import at_least_fp32
 
 LOGVAR_RANGE = (-30.0, 20.0)  # as the published weights were trained
 
@@ -28,15 +28,15 @@ class Posterior:
 
     def sample(self, noise: Tensor) -> Tensor:
         """mean + std * noise, with noise standard normal of the same shape."""
-        return self.mean + torch.exp(0.5 * self.logvar) * noise
+        return self.mean + (0.5 * self.logvar).exp() * noise
 
     def mode(self) -> Tensor:
         """The most likely latent, which is the mean."""
         return self.mean
 
     def kl(self) -> Tensor:
-        """Divergence from the standard normal, per clip, in nats, summed over c k h w: shape b, fp32."""
-        mean, logvar = self.mean.float(), self.logvar.float()
+        """Divergence from the standard normal, per clip, in nats, summed over c k h w: shape b."""
+        mean, logvar = at_least_fp32(self.mean), at_least_fp32(self.logvar)
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(dim=1)
 
 

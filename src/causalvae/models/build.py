@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from causalvae import rng
 from causalvae.models.causalvae import CausalVAE
-from causalvae.models.layers import MIX_INIT, FrameAttention, Norm, ResnetBlock
+from causalvae.models.layers import MIX_INIT, FrameAttention, ResnetBlock
 from causalvae.models.presets import CausalVAEConfig
 from causalvae.models.start import start_linear
 
@@ -23,7 +23,7 @@ def build(config: CausalVAEConfig, *, seed: int = 0) -> CausalVAE:
         for name, parameter in vae.named_parameters():
             _fill(parameter, name, rng.key("weights", seed, name))
         for module in vae.modules():
-            _calm(module)
+            _calm(module, branch=0.1 if config.resampling == "shuffle" else 1.0)
     if config.resampling == "shuffle":
         start_linear(vae)
     return vae
@@ -42,9 +42,14 @@ def _fill(parameter: Tensor, name: str, base: int) -> None:
         parameter.copy_(rng.normal(parameter.shape, base) / math.sqrt(fan_in))
 
 
-def _calm(module: nn.Module) -> None:
-    """Residual branches start at zero, so that the network starts as its linear path."""
+def _calm(module: nn.Module, *, branch: float) -> None:
+    """Residual branches start at zero, so that the network starts as its linear path.
+
+    branch: scale of what the last convolution of a branch sees. The optimiser moves all of its weights by as much at
+    once, so that with 1 the first steps spoil the linear path: a tenth was measured to keep it.
+    """
     if isinstance(module, ResnetBlock):
+        module.norm2.weight.fill_(branch)
         for parameter in module.conv2.parameters():
             parameter.zero_()
     if isinstance(module, FrameAttention):

@@ -78,15 +78,21 @@ class Encoder(nn.Module):
         self.stem = (1, config.stem, config.stem)
         flat = config.resampling == "conv"
         c_pixels = 3 * config.stem**2
-        self.conv_in = FrameConv(c_pixels, widths[0], 3, padding=1) if flat else CausalConv3d(c_pixels, widths[0])
+        self.conv_in = (
+            FrameConv(c_pixels, widths[0], 3, padding=1) if flat else CausalConv3d(c_pixels, widths[0])
+        )
         self.down = nn.ModuleList()
         c = widths[0]
         for i, width in enumerate(widths):
-            blocks, c = resnet_blocks(c, width, config=config, count=config.num_res_blocks, flat=flat and i < 2)
+            blocks, c = resnet_blocks(
+                c, width, config=config, count=config.num_res_blocks, flat=flat and i < 2
+            )
             resample, c = _downsample(config, i, c)
             self.down.append(Level(blocks, resample))
         self.mid = Middle(c, config)
-        self.norm_out = Norm(c, config.norm) if flat else None  # `shuffle` ends without, to keep its path linear
+        self.norm_out = (
+            Norm(c, config.norm) if flat else None
+        )  # `shuffle` ends without, to keep its path linear
         self.conv_out = CausalConv3d(c, 2 * config.z_channels)
 
     def forward(self, x: Tensor, stream: Stream | None) -> Tensor:
@@ -136,7 +142,9 @@ def resnet_blocks(
     c_in: int, c_out: int, *, config: CausalVAEConfig, count: int, flat: bool
 ) -> tuple[list[nn.Module], int]:
     """`count` blocks, the first of which changes the channels; and the channels that leave."""
-    blocks = [ResnetBlock(c_in if i == 0 else c_out, c_out, norm=config.norm, flat=flat) for i in range(count)]
+    blocks = [
+        ResnetBlock(c_in if i == 0 else c_out, c_out, norm=config.norm, flat=flat) for i in range(count)
+    ]
     return list(blocks), c_out
 
 

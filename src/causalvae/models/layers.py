@@ -22,7 +22,9 @@ Kernel = tuple[int, int, int]
 class CausalConv3d(nn.Module):
     """Convolution whose output frame sees its own and earlier frames; frame 0 is repeated in front."""
 
-    def __init__(self, c_in: int, c_out: int, *, kernel: Kernel = (3, 3, 3), stride: Kernel = (1, 1, 1)) -> None:
+    def __init__(
+        self, c_in: int, c_out: int, *, kernel: Kernel = (3, 3, 3), stride: Kernel = (1, 1, 1)
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv3d(c_in, c_out, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2))
 
@@ -114,7 +116,9 @@ class FrameAttention(nn.Module):
 
     @staticmethod
     def _tokens(x: Tensor) -> Tensor:
-        return x.permute(0, 2, 3, 4, 1).flatten(0, 1).flatten(1, 2).unsqueeze(1)  # b c t h w -> (b t) 1 (h w) c
+        return (
+            x.permute(0, 2, 3, 4, 1).flatten(0, 1).flatten(1, 2).unsqueeze(1)
+        )  # b c t h w -> (b t) 1 (h w) c
 
 
 class FrameDownsample(nn.Module):
@@ -176,7 +180,9 @@ class TimeUpsample(nn.Module):
         return alpha * y + (1 - alpha) * self.conv(y, stream)
 
     def _interpolate(self, x: Tensor, stream: Stream | None) -> Tensor:
-        past = stream.take(self) if stream is not None else None  # the frame before x, none of them before frame 1
+        past = (
+            stream.take(self) if stream is not None else None
+        )  # the frame before x, none of them before frame 1
         head = [x[:, :, :1]] if past is None else []
         known = x[:, :, 1:] if past is None else torch.cat([past, x], dim=2)
         if stream is not None:

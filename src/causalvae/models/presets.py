@@ -48,7 +48,15 @@ PRESETS: dict[str, CausalVAEConfig] = {
     "causalvae-488": CausalVAEConfig(),
     "causalvae-488-16ch": CausalVAEConfig(z_channels=16),
     "tiny": CausalVAEConfig(
-        hidden_size=32, hidden_size_mult=(1, 2, 4), num_res_blocks=1, z_channels=8, spatial_levels=(0, 1),
-        temporal_levels=(0, 1), norm="channel", resampling="shuffle", stem=2, attention=False,
+        hidden_size=32,
+        hidden_size_mult=(1, 2, 4),
+        num_res_blocks=1,
+        z_channels=8,
+        spatial_levels=(0, 1),
+        temporal_levels=(0, 1),
+        norm="channel",
+        resampling="shuffle",
+        stem=2,
+        attention=False,
     ),
 }

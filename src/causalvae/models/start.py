@@ -32,13 +32,18 @@ def start_linear(vae: CausalVAE) -> None:
         down, up = level.get_submodule("downsample"), level_above.get_submodule("upsample")
         assert isinstance(down, ShuffleDown)
         assert isinstance(up, ShuffleUp)
-        stages.append((down.get_parameter("proj.conv.weight"), up.get_parameter("proj.conv.weight"), down.factor))
+        stages.append(
+            (down.get_parameter("proj.conv.weight"), up.get_parameter("proj.conv.weight"), down.factor)
+        )
     for there, back, factor in stages:
         code, basis, deviations = _reduce(_spread(code, factor), len(there))
         _start(there, basis)
         _start(back, basis.T)
     channels = vae.config.z_channels
-    for weight, scale in ((encoder.conv_out.conv.weight, 1 / deviations), (decoder.conv_in.conv.weight, deviations)):
+    for weight, scale in (
+        (encoder.conv_out.conv.weight, 1 / deviations),
+        (decoder.conv_in.conv.weight, deviations),
+    ):
         weight.zero_()
         _start(weight, torch.diag(scale[:channels]))
     encoder.conv_out.get_parameter("conv.bias")[channels:] = LOGVAR_START

@@ -1,0 +1,326 @@
+"""Exact frames out of video files: frame n of a random read is frame n of decoding the file from its start.
+
+Seeking by time and dropping early frames is wrong for AVI with B-frames and for open GOPs. Here an index of the
+file's frames is made once: from its packets where they carry true presentation times, else by decoding it once.
+A read starts one keyframe earlier than needed, then every frame that comes out is matched with the index. If one
+does not match, the file is decoded from its start and the frames are counted. Header frame counts are never used.
+"""
+
+import os
+import stat
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.stream import VideoStream
+from torch import Tensor
+
+from causalvae.errors import VideoError
+
+ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+MAX_PIXELS = 1 << 26  # per frame: twice 8K; a damaged header must not ask for all of the memory
+INDEX_CACHE = 16384  # files; about 2 KB each for a video of 200 frames
+TIMED_FORMATS = {"mov", "matroska", "mpeg", "mpegts", "flv", "asf"}  # their packets carry presentation times
+ESCAPES = 3  # seeks that may land too late before the file is read from its start
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a file holds. frames: how many decode; height, width: as displayed, after rotation; fps: average."""
+
+    path: str
+    frames: int
+    height: int
+    width: int
+    fps: float | None
+
+
+@dataclass(frozen=True)
+class FrameIndex:
+    """Where each frame is. All by display order.
+
+    labels: what tells frames apart: the packet's presentation time, or its position where `by_position`.
+    Empty if there is nothing to go by, and the file is always read from its start.
+    keys: numbers of the keyframes; key_times: what to seek to for each.
+    """
+
+    stamp: tuple[int, int, int]
+    frames: int
+    labels: "array[int]"
+    keys: "array[int]"
+    key_times: "array[int]"
+    by_position: bool
+
+
+def printable(name: str | Path) -> str:
+    """A file name for a message: control characters, direction marks and bytes that are no text are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
+
+
+def probe(path: str | Path) -> VideoInfo:
+    """Frames and size of one file. VideoError if it can't be read as video."""
+    return Decoder().probe(path)
+
+
+def read_frames(path: str | Path, indices: Sequence[int]) -> Tensor:
+    """Frames of one file: uint8 t h w 3, in the order of `indices`. VideoError if one can't be had."""
+    return Decoder().read_frames(path, indices)
+
+
+class Decoder:
+    """Reads frames and remembers the index of the files it has seen. One per process or thread."""
+
+    def __init__(self) -> None:
+        self._indices: OrderedDict[str, FrameIndex] = OrderedDict()
+        self._reformatter = VideoReformatter()  # one for all frames: it keeps its tables
+
+    def num_frames(self, path: str | Path) -> int:
+        """How many frames of the file decode, from the index."""
+        return self._index(str(path)).frames
+
+    def probe(self, path: str | Path) -> VideoInfo:
+        """Frames and displayed size. Decodes one frame, because only a frame knows its rotation."""
+        name = str(path)
+        frames = self.num_frames(name)
+        height, width = self.read_frames(name, [0]).shape[1:3]
+        with _opened(name) as (_, stream):
+            rate = stream.average_rate
+        return VideoInfo(name, frames, height, width, float(rate) if rate else None)
+
+    def read_frames(self, path: str | Path, indices: Sequence[int]) -> Tensor:
+        """Frames of the file by number: uint8 t h w 3, upright, in the order of `indices`."""
+        name = str(path)
+        index = self._index(name)
+        numbers = [int(i) for i in indices]
+        if not numbers or min(numbers) < 0:
+            raise VideoError(f"{printable(name)}: frame numbers start at 0, got {numbers}")
+        if max(numbers) >= index.frames:
+            raise VideoError(
+                f"{printable(name)}: frame {max(numbers)} was asked for, it has {index.frames} (0 to {index.frames - 1})"
+            )
+        wanted = sorted(set(numbers))
+        frames = self._read_from_key(name, index, wanted)
+        if frames is None:
+            frames = self._read_from_start(name, wanted)
+        if wanted == numbers:
+            return torch.from_numpy(frames)
+        return torch.from_numpy(frames[[wanted.index(i) for i in numbers]])
+
+    def _index(self, name: str) -> FrameIndex:
+        stamp = _stamp(name)
+        known = self._indices.get(name)
+        if known is not None and known.stamp == stamp:
+            self._indices.move_to_end(name)
+            return known
+        index = _index_by_packets(name, stamp)
+        if index is None:
+            index = _index_by_decoding(name, stamp)
+        if index.frames == 0:
+            raise VideoError(f"{printable(name)}: no frame of it can be decoded")
+        self._indices[name] = index
+        if len(self._indices) > INDEX_CACHE:
+            self._indices.popitem(last=False)
+        return index
+
+    def _read_from_key(self, name: str, index: FrameIndex, wanted: list[int]) -> np.ndarray | None:
+        """Frames t h w 3 by a seek, or None where the seek can't be shown to be exact or something is damaged."""
+        before = [i for i, key in enumerate(index.keys) if key <= wanted[0]]
+        if not index.labels or len(before) < 3:
+            return None  # the start of the file is at most one keyframe away
+        with _opened(name) as (container, stream):
+            for turn in range(2, min(2 + ESCAPES, len(before))):
+                entry = before[-turn]
+                try:
+                    container.seek(index.key_times[entry], stream=stream, backward=True)
+                    frames = _numbered(_decoded(container, stream, by_position=index.by_position), index)
+                    return self._collect(name, frames, wanted, before_first=index.keys[before[-1]])
+                except (av.FFmpegError, _NotExactError):
+                    continue
+        return None
+
+    def _read_from_start(self, name: str, wanted: list[int]) -> np.ndarray:
+        """Frames t h w 3, counted from the first that decodes. VideoError where one is damaged or missing."""
+        with _opened(name) as (container, stream):
+            frames = enumerate(frame for frame, _ in _decoded(container, stream, by_position=False))
+            try:
+                return self._collect(name, frames, wanted, before_first=None)
+            except _NotExactError as error:
+                raise VideoError(f"{printable(name)}: {error}") from error
+
+    def _collect(
+        self,
+        name: str,
+        frames: Iterator[tuple[int, VideoFrame]],
+        wanted: list[int],
+        *,
+        before_first: int | None,
+    ) -> np.ndarray:
+        """The wanted frames, t h w 3, of numbered ones in display order.
+
+        before_first: if given, decoding must have begun before this keyframe, or what comes may lack references.
+        """
+        out: np.ndarray | None = None
+        filled = 0
+        begun: int | None = None
+        for number, frame in frames:
+            begun = number if begun is None else begun
+            if before_first is not None and begun >= before_first:
+                raise _NotExactError(f"the seek led to frame {begun}, past keyframe {before_first}")
+            if number != wanted[filled]:
+                continue
+            if frame.is_corrupt:
+                raise _NotExactError(f"frame {number} is damaged")
+            picture = self._picture(frame)
+            if out is None:
+                out = np.empty((len(wanted), *picture.shape), np.uint8)
+            if picture.shape != out.shape[1:]:
+                raise VideoError(f"{printable(name)}: frame {number} has another size than those before it")
+            out[filled] = picture
+            filled += 1
+            if filled == len(wanted) and out is not None:
+                return out
+        raise _NotExactError(f"frame {wanted[filled]} can't be decoded, the file ends before it")
+
+    def _picture(self, frame: VideoFrame) -> np.ndarray:
+        """One frame as uint8 h w 3, upright. May be a view of the frame's memory."""
+        rgb = self._reformatter.reformat(frame, format="rgb24", interpolation=ACCURATE, threads=1)
+        plane = rgb.planes[0]
+        rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: rgb.height, : rgb.width * 3]
+        picture = rows.reshape(rgb.height, rgb.width, 3)
+        return np.rot90(picture, round(frame.rotation / 90)) if frame.rotation else picture
+
+
+class _NotExactError(Exception):
+    """What came out of the decoder does not match the index."""
+
+
+def _stamp(name: str) -> tuple[int, int, int]:
+    """Size, time of change and inode of a regular file. Anything else is a VideoError: a fifo would hang."""
+    try:
+        found = os.stat(name)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = error.strerror if isinstance(error, OSError) else "not a file name"
+        raise VideoError(f"{printable(name)}: can't be opened: {reason}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise VideoError(f"{printable(name)}: not a regular file")
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+@contextmanager
+def _opened(name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The file's first video stream, ready to decode in this thread. Errors of PyAV leave as VideoError.
+
+    The absolute path keeps FFmpeg from reading `http:x.mp4` as an address.
+    """
+    _stamp(name)
+    try:
+        with av.open(os.path.abspath(name), options={"protocol_whitelist": "file"}) as container:
+            yield container, _video_stream(container, name)
+    except av.FFmpegError as error:
+        raise VideoError(f"{printable(name)}: {error.strerror or type(error).__name__}") from error
+    except (MemoryError, UnicodeError) as error:
+        raise VideoError(f"{printable(name)}: {type(error).__name__}") from error
+
+
+def _video_stream(container: InputContainer, name: str) -> VideoStream:
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not streams:
+        raise VideoError(f"{printable(name)}: no video in it")
+    stream = streams[0]
+    stream.thread_type = "NONE"
+    stream.codec_context.thread_count = 1
+    stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(MAX_PIXELS)}
+    stream.codec_context.copy_opaque = True
+    return stream
+
+
+def _decoded(
+    container: InputContainer, stream: VideoStream, *, by_position: bool
+) -> Iterator[tuple[VideoFrame, int | None]]:
+    """Frames in display order with their label: the position of their packet, or their presentation time."""
+    for packet in container.demux(stream):
+        if by_position and packet.size:
+            packet.opaque = packet.pos
+        for frame in stream.codec_context.decode(packet):
+            yield frame, frame.opaque if by_position else frame.pts
+
+
+def _numbered(
+    frames: Iterator[tuple[VideoFrame, int | None]], index: FrameIndex
+) -> Iterator[tuple[int, VideoFrame]]:
+    """Frames with their number by the index. They must follow each other as in the index, without a gap."""
+    number: int | None = None
+    for frame, label in frames:
+        if number is None:
+            number = index.labels.index(label) if label in index.labels else None
+        elif number + 1 < index.frames and index.labels[number + 1] == label:
+            number += 1
+        else:
+            number = None
+        if number is None:
+            raise _NotExactError(f"a frame labelled {label} is not where the index has it")
+        yield number, frame
+
+
+def _index_by_packets(name: str, stamp: tuple[int, int, int]) -> FrameIndex | None:
+    """The index by presentation times, without decoding, or None where packets don't tell the order of frames."""
+    with _opened(name) as (container, stream):
+        packets = [
+            (packet.pts, packet.dts, packet.is_keyframe)
+            for packet in container.demux(stream)
+            if packet.size and not packet.is_discard and _is_shown(packet, stream)
+        ]
+        timed = bool(TIMED_FORMATS & set(container.format.name.split(",")))
+        timed = timed or (container.format.name == "avi" and not stream.codec_context.has_b_frames)
+    if len(packets) == 1:
+        return FrameIndex(stamp, 1, array("q"), array("q"), array("q"), by_position=False)
+    times = sorted(pts for pts, _, _ in packets if pts is not None)
+    ordered = len(times) == len(packets) == len(set(times)) and packets[0][2] and packets[0][0] == times[0]
+    if not (timed and ordered):
+        return None
+    number = {pts: i for i, pts in enumerate(times)}
+    keys = sorted((number[pts], pts if dts is None else dts) for pts, dts, is_key in packets if is_key)
+    return FrameIndex(
+        stamp,
+        len(times),
+        array("q", times),
+        array("q", [k for k, _ in keys]),
+        array("q", [t for _, t in keys]),
+        False,
+    )
+
+
+def _is_shown(packet: av.Packet, stream: VideoStream) -> bool:
+    """False for a VP8 packet that only updates a reference (RFC 6386, 9.1: bit 4 of its first byte)."""
+    return stream.codec_context.name != "vp8" or bool(memoryview(packet)[0] & 16)
+
+
+def _index_by_decoding(name: str, stamp: tuple[int, int, int]) -> FrameIndex:
+    """The index by decoding the file once. In an AVI, frames are known again by the position of their packet."""
+    labels: list[int | None] = []
+    keys: list[int] = []
+    with _opened(name) as (container, stream):
+        seekable = container.format.name == "avi"
+        for frame, label in _decoded(container, stream, by_position=True):
+            if frame.key_frame:
+                keys.append(len(labels))
+            labels.append(label)
+    known = [label for label in labels if label is not None and label >= 0]
+    if not seekable or len(set(known)) != len(labels):
+        return FrameIndex(stamp, len(labels), array("q"), array("q"), array("q"), by_position=True)
+    with _opened(name) as (container, stream):
+        starts = {packet.pos: packet.dts for packet in container.demux(stream) if packet.size}
+    times = [starts[known[key]] for key in keys]
+    return FrameIndex(
+        stamp, len(known), array("q", known), array("q", keys), array("q", times), by_position=True
+    )

@@ -1,0 +1,196 @@
+"""Optimisers, their saved state, the learning rate as a function of the step, and gradient norms.
+
+Weight decay is decoupled for every optimiser: weights shrink by lr * weight_decay beside the update. The
+state is exported as flat tensors named `parameter.exp_avg`, and comes back bit for bit.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from causalvae.errors import ConfigError, RunError
+
+OptimizerKind = Literal["adamw", "adam", "sgd", "lion", "adamw8bit"]
+Schedule = Literal["constant", "cosine", "cosine_decay", "linear"]
+
+
+def build_optimizer(
+    named_params: Iterable[tuple[str, nn.Parameter]],
+    *,
+    kind: OptimizerKind,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float = 0.01,
+) -> Optimizer:
+    """An optimiser of two groups, with and without weight decay, in the order of named_params.
+
+    Not decayed: biases, weights of norms, mixing factors, logvar: what has fewer than two axes. `adam` is
+    `adamw`: they would differ only in a decay that is not decoupled. `sgd` has momentum betas[0] and no use
+    for betas[1]. Parameters without requires_grad are left out.
+    """
+    trainable = [(name, p) for name, p in named_params if p.requires_grad]
+    decayed = [(name, p) for name, p in trainable if p.ndim >= 2]
+    plain = [(name, p) for name, p in trainable if p.ndim < 2]
+    groups: list[dict[str, Any]] = [  # a group maps words to numbers, flags and lists of parameters
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ConfigError("there is nothing to train: no parameter requires a gradient")
+    if kind == "sgd":
+        return DecoupledSGD(groups, lr=lr, momentum=betas[0])
+    if kind == "lion":
+        return Lion(groups, lr=lr, betas=betas)
+    if kind == "adamw8bit":
+        return adamw8bit(groups, lr=lr, betas=betas)
+    return AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    """Use this learning rate from the next update on, in every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def learning_rate(step: int, *, peak: float, end: float, kind: Schedule, warmup: int, decay: int) -> float:
+    """Learning rate of update number `step`, from 0.
+
+    Step i of the warmup has peak * (i + 1) / warmup. Then `cosine` (`cosine_decay` is the same) and `linear`
+    go from peak to end in `decay` steps and stay there; `constant` stays at peak.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if kind == "constant":
+        return peak
+    done = min((step - warmup) / decay, 1.0) if decay > 0 else 1.0
+    if kind == "linear":
+        return peak + (end - peak) * done
+    return end + 0.5 * (peak - end) * (1.0 + math.cos(math.pi * done))
+
+
+def clip_gradients(params: Iterable[nn.Parameter], max_norm: float | None) -> float:
+    """Scale gradients down in place so that their joint norm is at most max_norm; return the norm before.
+
+    None: only measure. A norm that is not finite is returned and nothing is changed.
+    """
+    with_grad = [p for p in params if p.grad is not None]
+    grads = [p.grad for p in with_grad if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    value = float(norm)
+    if max_norm is not None and math.isfinite(value):
+        torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm)
+    return value
+
+
+def all_finite(grads: Iterable[Tensor]) -> bool:
+    """Whether no value is infinite or NaN."""
+    return math.isfinite(float(torch.nn.utils.get_total_norm(list(grads), norm_type=math.inf)))
+
+
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The state as tensors named `parameter.exp_avg`: copies on the CPU that share no storage.
+
+    A tensor without axes is a scalar of the optimiser; integers that are not tensors become int64.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, param in named(optimizer):
+        for entry, value in optimizer.state.get(param, {}).items():
+            stored = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.int64)
+            tensors[f"{name}.{entry}"] = stored.detach().to("cpu", copy=True).contiguous()
+    return tensors
+
+
+def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` took, bit for bit, on the device of each parameter.
+
+    RunError if a tensor belongs to no parameter. A parameter that never had a gradient has no tensors.
+    """
+    params = dict(named(optimizer))
+    states: dict[str, dict[str, Tensor | int]] = {}
+    for key, tensor in tensors.items():
+        name, _, entry = key.rpartition(".")
+        if name not in params:
+            raise RunError(
+                f"the saved optimiser state has {key}, which belongs to no parameter of this model"
+            )
+        states.setdefault(name, {})[entry] = restored(tensor, params[name].device)
+    optimizer.state.clear()
+    for name, state in states.items():
+        optimizer.state[params[name]] = state
+
+
+def restored(tensor: Tensor, device: torch.device) -> Tensor | int:
+    """One entry of a parameter's state as the optimiser keeps it: int64 without axes is a Python integer."""
+    if tensor.ndim == 0 and tensor.dtype == torch.int64:
+        return int(tensor)
+    return tensor.to(device, copy=True)
+
+
+def named(optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters, in the order of the optimiser's groups."""
+    pairs: list[tuple[str, nn.Parameter]] = []
+    for group in optimizer.param_groups:
+        pairs += zip(group["param_names"], group["params"], strict=True)
+    return pairs
+
+
+class Lion(Optimizer):
+    """Steps of one size in the direction of a sign. Chen et al., Symbolic Discovery of Optimization (2023).
+
+    The sign is that of the momentum mixed with the gradient at betas[0]; the momentum follows at betas[1].
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float]) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]: no closure, no loss
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            near, far = group["betas"]
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(param)
+                direction = torch.lerp(param.grad, state["exp_avg"], near).sign_()
+                param.mul_(1.0 - group["lr"] * group["weight_decay"])
+                param.add_(direction, alpha=-group["lr"])
+                state["exp_avg"].lerp_(param.grad, 1.0 - far)
+
+
+class DecoupledSGD(Optimizer):
+    """Gradient descent with momentum: v = momentum * v + grad, weight -= lr * (v + weight_decay * weight)."""
+
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, momentum: float) -> None:
+        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]: no closure, no loss
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(param)
+                velocity = state["momentum_buffer"].mul_(group["momentum"]).add_(param.grad)
+                param.mul_(1.0 - group["lr"] * group["weight_decay"])
+                param.add_(velocity, alpha=-group["lr"])
+
+
+def adamw8bit(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float]) -> Optimizer:
+    """AdamW with moments in 8 bits, of the bitsandbytes library. ConfigError where that is not installed."""
+    try:
+        import bitsandbytes  # pyright: ignore[reportMissingImports]: an extra
+    except ImportError as error:
+        message = "--optim adamw8bit needs a library: pip install bitsandbytes, or use --optim adamw"
+        raise ConfigError(message) from error
+    return bitsandbytes.optim.AdamW8bit(groups, lr=lr, betas=betas)

@@ -1,0 +1,40 @@
+"""A signal asks the loop to end after the step; a second one ends the process at once."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass
+class StopRequest:
+    """The signal that asked, or 0."""
+
+    number: int = 0
+
+    @property
+    def status(self) -> int:
+        """Exit status by convention: 128 + the signal's number, 0 if none came."""
+        return 128 + self.number if self.number else 0
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Within this, the signals above only set a flag. The handlers that were there before come back."""
+    request = StopRequest()
+
+    def handle(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  the signature of a handler
+        if request.number:
+            os._exit(128 + number)  # checkpoints are whole or absent at every moment
+        request.number = number
+
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

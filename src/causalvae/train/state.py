@@ -1,0 +1,120 @@
+"""What a training consists of between two steps, and how it is written into a checkpoint's folder and read back."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from causalvae.errors import RunError, WeightsError
+from causalvae.models.causalvae import CausalVAE
+from causalvae.train.optim import load_optimizer_tensors, optimizer_tensors
+from causalvae.weights.read import CONFIG_KEY, MODEL_KEY, read_tensors
+
+
+def ema_decay_at(updates: int, limit: float) -> float:
+    """Decay of the average after this many updates: rises to its limit, so that short runs have a useful average."""
+    return min(limit, (1 + updates) / (10 + updates))
+
+
+@dataclass
+class TrainState:
+    """Networks, averages, optimisers and the two counters. `step` counts updates, `cursor` batches drawn.
+
+    ema: averaged parameters by name, fp32; empty if there is no average. logvar: log variance of the pixel loss, 0-d.
+    """
+
+    vae: CausalVAE
+    ema: dict[str, Tensor]
+    critic: nn.Module | None
+    logvar: nn.Parameter
+    optimizer: Optimizer
+    critic_optimizer: Optimizer | None
+    step: int = 0
+    cursor: int = 0
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Everything that the generator's optimiser may update, in its order."""
+        learned = [("logvar", self.logvar)] if self.logvar.requires_grad else []
+        return [*self.vae.named_parameters(), *learned]
+
+    @torch.no_grad()
+    def update_ema(self, limit: float) -> None:
+        """Move the average towards the weights. Called after `step` was raised."""
+        if not self.ema:
+            return
+        weights = [parameter.detach() for parameter in self.vae.parameters()]
+        torch._foreach_lerp_(list(self.ema.values()), weights, 1.0 - ema_decay_at(self.step, limit))
+
+    def save(self, folder: Path) -> None:
+        """Write weights, averages, optimisers and counters. Refuses what is not finite."""
+        config = model_metadata(self.vae)
+        _write(folder / "model.safetensors", self.vae.state_dict(), config)
+        if self.ema:
+            _write(folder / "ema.safetensors", self.ema, config)
+        moments = _prefixed("vae.", optimizer_tensors(self.optimizer))
+        if self.critic is not None and self.critic_optimizer is not None:
+            _write(folder / "discriminator.safetensors", self.critic.state_dict(), {})
+            moments |= _prefixed("critic.", optimizer_tensors(self.critic_optimizer))
+        moments["logvar"] = self.logvar
+        _write(folder / "optimizer.safetensors", moments, {})
+        counters = {"step": self.step, "cursor": self.cursor, "threads": torch.get_num_threads()}
+        (folder / "state.json").write_text(json.dumps(counters, indent=1) + "\n")
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, bit for bit. WeightsError if it is not of these networks."""
+        self.vae.load_state_dict(read_tensors(folder / "model.safetensors"), strict=True)
+        if self.ema:
+            _copy_all(self.ema, read_tensors(folder / "ema.safetensors"))
+        moments = read_tensors(folder / "optimizer.safetensors")
+        self.logvar.copy_(moments["logvar"])
+        load_optimizer_tensors(self.optimizer, _under("vae.", moments))
+        if self.critic is not None and self.critic_optimizer is not None:
+            self.critic.load_state_dict(read_tensors(folder / "discriminator.safetensors"), strict=True)
+            load_optimizer_tensors(self.critic_optimizer, _under("critic.", moments))
+        counters = read_counters(folder)
+        self.step, self.cursor = counters["step"], counters["cursor"]
+
+
+def read_counters(folder: Path) -> dict[str, Any]:  # Any: JSON
+    """step, cursor and thread count of a checkpoint."""
+    return json.loads((folder / "state.json").read_text())
+
+
+def model_metadata(vae: CausalVAE) -> dict[str, str]:
+    """What a file of weights says about its model, in the safetensors header."""
+    return {"format": "pt", MODEL_KEY: type(vae.config).__name__, CONFIG_KEY: json.dumps(asdict(vae.config))}
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    for name, tensor in on_cpu.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise RunError(
+                f"{path.name}: {name} is not finite, so this state is not saved; the checkpoints before it are good. "
+                "Go on from the last one with a lower --start_learning_rate or --clip_grad True",
+                status=1,
+            )
+    save_file(on_cpu, path, metadata=metadata)
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _copy_all(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
+    if targets.keys() != sources.keys():
+        different = sorted(targets.keys() ^ sources.keys())
+        raise WeightsError(f"the average holds other tensors than the model: {', '.join(different[:3])}")
+    for name, target in targets.items():
+        target.copy_(sources[name])

@@ -1,0 +1,193 @@
+"""One training step: the reconstruction is the seam. One autoencoder forward serves generator and critic.
+
+The autoencoder makes the reconstruction, losses and critic answer with the gradient at it, and the autoencoder takes that
+gradient back. A batch split in parts is reconstructed part by part without a graph, answered whole, and run forward again
+with a graph, so that the update is that of the whole batch.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from causalvae.losses import Answer, CriticLoss, LossPlan, LossTerms, answer, critic_backward, kl_loss
+from causalvae.models.base import Posterior
+from causalvae.models.causalvae import CausalVAE
+from causalvae.train.optim import clip_gradients
+from causalvae.train.state import TrainState
+from causalvae.video import at_least_fp32, crop_frames, pad_frames
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did. Norms are before clipping, None where nothing was computed.
+
+    applied: False when the autoencoder's gradient was not finite and nothing of it was updated.
+    """
+
+    terms: LossTerms
+    grad_norm: float | None
+    critic_grad_norm: float | None
+    applied: bool
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """A batch that went through the autoencoder, in parts: b 3 t h w, each with a graph to the last layer at least."""
+
+    recons: list[Tensor]
+    posteriors: list[Posterior]
+
+
+def train_step(
+    state: TrainState,
+    clip: Tensor,
+    noise: Tensor,
+    *,
+    loss: LossPlan,
+    critic_loss: CriticLoss | None,
+    parts: int = 1,
+    max_grad_norm: float | None = None,
+    ema_decay: float = 0.0,
+) -> StepResult:
+    """One update of the autoencoder, its average and the critic from one batch. The caller sets the learning rates.
+
+    clip: b 3 t h w in [-1, 1], any t >= 1. noise: standard normal in the shape of the latent of the padded clip.
+    critic_loss: None leaves the critic out, as before disc_start.
+    parts: the batch goes through the autoencoder in this many pieces, one after the other.
+    Raises step and cursor of the state as the result asks for.
+    """
+    critic = state.critic if critic_loss is not None else None
+    x = pad_frames(clip, state.vae.geometry).chunk(parts)
+    z = noise.chunk(parts)
+    forward = _forward(state.vae, x, z, frames=clip.shape[2], graph=parts == 1)
+    recon = torch.cat([part.detach() for part in forward.recons])
+    answered = _answer(state, forward, recon, clip, loss=loss, critic=critic)
+    state.cursor += 1
+    norm = None
+    if bool(torch.isfinite(answered.terms.total)):
+        _backward(state, forward, x, z, answered=answered, kl_weight=loss.kl_weight, like=clip)
+        norm = _update(state, ema_decay=ema_decay, max_grad_norm=max_grad_norm)
+    state.optimizer.zero_grad(set_to_none=True)
+    if norm is None:
+        return StepResult(answered.terms, None, None, applied=False)
+    if critic is None or critic_loss is None:
+        return StepResult(answered.terms, norm, None, applied=True)
+    judged, critic_norm = _critic_update(
+        state, critic, clip, recon, kind=critic_loss, max_grad_norm=max_grad_norm
+    )
+    return StepResult(replace(answered.terms, critic=judged), norm, critic_norm, applied=True)
+
+
+def _forward(
+    vae: CausalVAE, x: Sequence[Tensor], noise: Sequence[Tensor], *, frames: int, graph: bool
+) -> _Forward:
+    recons: list[Tensor] = []
+    posteriors: list[Posterior] = []
+    with nullcontext() if graph else _only_last_layer_learning(vae):
+        for part, part_noise in zip(x, noise, strict=True):
+            recon, posterior = vae(part, part_noise)
+            recons.append(crop_frames(recon, frames))
+            posteriors.append(posterior)
+    return _Forward(recons, posteriors)
+
+
+@contextmanager
+def _only_last_layer_learning(vae: CausalVAE) -> Iterator[None]:
+    """The graph starts at the last layer, so that only its input is kept and its weight's gradient can still be asked."""
+    learning = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    vae.last_layer.get_parameter("weight").requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
+def _answer(
+    state: TrainState,
+    forward: _Forward,
+    recon: Tensor,
+    clip: Tensor,
+    *,
+    loss: LossPlan,
+    critic: nn.Module | None,
+) -> Answer:
+    weight = state.vae.last_layer.get_parameter("weight")
+    parts = len(forward.recons)
+
+    def last_layer_grad(grad: Tensor) -> Tensor:
+        pairs = zip(forward.recons, grad.chunk(parts), strict=True)
+        pieces = [
+            torch.autograd.grad(part, weight, piece.to(part.dtype), retain_graph=True)[0]
+            for part, piece in pairs
+        ]
+        return torch.stack([at_least_fp32(piece) for piece in pieces]).sum(dim=0)
+
+    per_clip = torch.cat([posterior.kl().detach() for posterior in forward.posteriors])
+    kl = kl_loss(per_clip, values_per_frame=clip[0, :, 0].numel(), num_clips=len(clip))
+    if not bool(torch.isfinite(recon).all()):
+        critic = None  # it would take the non-finite values into its running statistics
+    return answer(
+        recon, clip, kl=kl, logvar=state.logvar, plan=loss, critic=critic, last_layer_grad=last_layer_grad
+    )
+
+
+def _backward(
+    state: TrainState,
+    forward: _Forward,
+    x: Sequence[Tensor],
+    noise: Sequence[Tensor],
+    *,
+    answered: Answer,
+    kl_weight: float,
+    like: Tensor,
+) -> None:
+    """Gradients of every learning parameter. like: the clip b 3 t h w, for its sizes."""
+    values, num_clips, frames = like[0, :, 0].numel(), len(like), like.shape[2]
+    pieces = answered.recon.chunk(len(x))
+    if state.logvar.requires_grad:
+        state.logvar.grad = answered.logvar.to(state.logvar.dtype)
+    for i in range(len(x)):
+        if len(x) > 1:
+            forward_again = _forward(state.vae, x[i : i + 1], noise[i : i + 1], frames=frames, graph=True)
+            recon, posterior = forward_again.recons[0], forward_again.posteriors[0]
+        else:
+            recon, posterior = forward.recons[0], forward.posteriors[0]
+        kl = kl_weight * kl_loss(posterior.kl(), values_per_frame=values, num_clips=num_clips)
+        torch.autograd.backward([recon, kl], [pieces[i].to(recon.dtype), torch.ones_like(kl)])
+
+
+def _update(state: TrainState, *, ema_decay: float, max_grad_norm: float | None) -> float | None:
+    """Clip and apply the autoencoder's gradients and move the average; None if they are not finite."""
+    norm = clip_gradients((p for _, p in state.named_parameters()), max_grad_norm)
+    if not math.isfinite(norm):
+        return None
+    state.optimizer.step()
+    state.step += 1
+    state.update_ema(ema_decay)
+    return norm
+
+
+def _critic_update(
+    state: TrainState,
+    critic: nn.Module,
+    clip: Tensor,
+    recon: Tensor,
+    *,
+    kind: CriticLoss,
+    max_grad_norm: float | None,
+) -> tuple[Tensor, float | None]:
+    assert state.critic_optimizer is not None
+    judged = critic_backward(critic, clip, recon, kind=kind)
+    norm = clip_gradients(critic.parameters(), max_grad_norm)
+    finite = math.isfinite(norm)
+    if finite:
+        state.critic_optimizer.step()
+    state.critic_optimizer.zero_grad(set_to_none=True)
+    return judged, norm if finite else None
