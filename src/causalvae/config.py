@@ -158,8 +158,6 @@ class TrainSettings:
     disc_norm: Literal["batch", "group", "none"] = setting("batch", LOSS,
         help="its norms; batch as published")
     disc_sync_norm: bool = setting(False, LOSS, help="share its batch statistics between processes")
-    disc_channels: int = setting(64, LOSS, limits=AT_LEAST_1, help="its channels after the first convolution")
-    disc_num_layers: int = setting(3, LOSS, limits=AT_LEAST_1, help="its convolutions that halve the picture")
 
     mode: int = setting(0, EXPERT, limits={"at_least": 0, "below": 3}, on_resume="free",
         help="0 train; 1 debug: eager, deterministic, every tensor checked; 2 test: evaluate, train nothing")
@@ -282,17 +280,17 @@ def notices(settings: TrainSettings, given: Mapping[str, Given] | None = None) -
     changed = {field.name for field in fields(settings) if getattr(settings, field.name) != field.default}
     asked = changed if given is None else set(given)
     shown = {n: f"--{n} {printable(to_text(flag, getattr(settings, n)))}" for n, flag in flags.items()}
-    for name, applies, instead in _NOT_AVAILABLE:
+    for name, applies, instead in NOT_AVAILABLE:
         if applies(settings):
             raise ConfigError(f"{shown[name]} is not available yet: {instead}")
     later = [
         f"{shown[name]} is not available yet: {instead}"
-        for name, applies, instead in _REPLACED
+        for name, applies, instead in REPLACED
         if name in asked and applies(settings)
     ]
     idle = [
         f"{shown[name]} has no effect: {why}"
-        for names, applies, why in _NO_EFFECT
+        for names, applies, why in NO_EFFECT
         for name in names.split()
         if name in asked and applies(settings)
     ]
@@ -309,7 +307,7 @@ def _always(settings: TrainSettings) -> bool:  # noqa: ARG001 - a rule's test
 
 Rule = tuple[str, Callable[[TrainSettings], bool], str]  # flags, whether the rule applies, what to say
 
-_NOT_AVAILABLE: tuple[Rule, ...] = (
+NOT_AVAILABLE: tuple[Rule, ...] = (
     ("mode", lambda s: s.mode != 0, "leave it out to train"),
     ("memory", lambda s: s.memory != AUTO_MEMORY, "use auto"),
     ("perceptual", lambda s: s.perceptual not in ("auto", "none"), "use none"),
@@ -321,20 +319,20 @@ _NOT_AVAILABLE: tuple[Rule, ...] = (
     ("disc_sync_norm", lambda s: s.disc_sync_norm, "leave it out, or use --disc_norm group"),
     ("eval_steps", lambda s: s.eval_steps > 0, "use 0"),
 )
-_REPLACED: tuple[Rule, ...] = (
+REPLACED: tuple[Rule, ...] = (
     ("precision", lambda s: s.precision in ("bf16", "fp16"), "the run uses fp32"),
     ("amp_level", lambda s: s.amp_level != "O0" and s.precision != "fp32", "the run uses O0"),
     ("init_loss_scale", _always, "the run uses fp32, which needs no loss scale"),
     ("loss_scale_window", _always, "the run uses fp32, which needs no loss scale"),
     ("jit_level", lambda s: s.jit_level != "O0", "the run is eager, as with O0"),
 )
-_NO_EFFECT: tuple[Rule, ...] = (
+NO_EFFECT: tuple[Rule, ...] = (
     ("max_grad_norm", lambda s: not s.clip_grad, "--clip_grad is False"),
     ("ema_decay", lambda s: not s.use_ema, "--use_ema is False"),
     ("end_learning_rate lr_decay_steps", lambda s: s.lr_scheduler == "constant", "the rate is constant"),
     ("eval_video_path", lambda s: s.eval_steps == 0, "--eval_steps is 0"),
     (
-        "disc_start disc_weight disc_loss disc_norm disc_channels disc_num_layers",
+        "disc_start disc_weight disc_loss disc_norm",
         lambda s: s.disc_type == "none",
         "--disc_type is none",
     ),

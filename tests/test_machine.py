@@ -1,0 +1,53 @@
+"""What the machine tells, against what the system says of it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from causalvae.errors import ConfigError
+from causalvae.machine import Machine, environment, free_disk_bytes, pick_device, torch_facts
+
+
+def test_a_look_at_the_machine_agrees_with_the_system_and_needs_no_torch() -> None:
+    machine = Machine.look()
+    assert 1 <= machine.cores <= (os.cpu_count() or 1)
+    assert machine.memory_bytes is not None
+    assert machine.memory_bytes <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert machine.cpu
+    code = (
+        "import sys; from causalvae.machine import Machine; Machine.look(); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_an_affinity_mask_counts() -> None:
+    code = (
+        "import os; from causalvae.machine import Machine; "
+        "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); print(Machine.look().cores)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout == b"1\n"
+
+
+def test_devices_are_what_torch_sees() -> None:
+    facts = torch_facts()
+    assert facts.threads >= 1
+    assert pick_device("cpu") == "cpu"
+    assert pick_device("auto") == ("cuda" if facts.gpus else "cpu") or pick_device("auto") == "mps"
+    for name, words in {
+        "cuda:99": "not on this machine",
+        "gpu": "must be auto",
+        "cuda:x": "must be auto",
+    }.items():
+        with pytest.raises(ConfigError, match=words):
+            pick_device(name)
+
+
+def test_only_listed_variables_of_the_environment_are_written_down() -> None:
+    assert environment({"OMP_NUM_THREADS": "2", "HF_TOKEN": "s3cret"}) == {"OMP_NUM_THREADS": "2"}
+
+
+def test_free_space_is_told_for_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    assert free_disk_bytes(tmp_path / "a" / "b") > 0
