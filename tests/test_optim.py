@@ -31,7 +31,8 @@ KINDS = ["adamw", "adam", "sgd", "lion", *(["adamw8bit"] if HAS_8BIT else [])]
 
 
 def network() -> nn.Module:
-    return build_critic("patchgan3d", base=1, ndf=8)
+    # Weights laid out as the trainer has them: a state restored in another layout goes on wrongly.
+    return build_critic("patchgan3d", base=1, ndf=8).to(memory_format=torch.channels_last_3d)
 
 
 def give_gradients(module: nn.Module, step: int) -> None:

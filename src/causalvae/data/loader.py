@@ -1,6 +1,7 @@
 """Batches of clips in the order of their cursor, decoded ahead of the training."""
 
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -11,8 +12,8 @@ import torch
 
 from causalvae.data.clips import ClipPlan, Clips, Slot, SlotReader
 from causalvae.data.sources import ClipSource
-from causalvae.data.workers import WorkerPool
-from causalvae.errors import CausalVAEError, ConfigError
+from causalvae.data.workers import SIGNALS, WorkerPool
+from causalvae.errors import CausalVAEError, ConfigError, RunError
 
 READY_BATCHES = 2  # decoded and waiting for the training
 WAKE_SECONDS = 0.2  # how often a full queue is looked at again
@@ -96,7 +97,11 @@ class ClipLoader:
 
     def _feed(self, slots: Iterator[Slot]) -> None:
         """The feeding thread: slots to batches, as far ahead as there is room."""
+        # Signals are the main thread's. Processes started here inherit the mask, so that one sent to the whole group
+        # does not end them in the middle of the last step.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         batch: list[Slot] = []
+        failure: CausalVAEError | None = RunError("reading clips ended with a bug, see the lines above", status=1)
         try:
             for slot in slots:
                 batch.append(slot)
@@ -105,8 +110,12 @@ class ClipLoader:
                     batch = []
                 if self._stop.is_set():
                     break
+            failure = None
         except CausalVAEError as error:
-            self._offer(error)
+            failure = error
+        finally:
+            if failure is not None:
+                self._offer(failure)
 
     def _offer(self, item: list[Slot] | CausalVAEError) -> None:
         while not self._stop.is_set():

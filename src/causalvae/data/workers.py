@@ -30,8 +30,9 @@ from causalvae.errors import ConfigError
 PR_SET_PDEATHSIG = 1  # prctl(2)
 WAKE_SECONDS = 0.5  # how often the clock is looked at while nothing comes
 MAX_DEATHS = 2  # of workers at one slot and video, after which the video is left out
+START_TRIES = 3  # to start a worker
 MAX_STILLBORN = 3  # workers in a row that die before they have read anything
-IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the parent decides when a worker ends
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the parent decides when a worker ends
 
 Task = tuple[int, int]  # cursor, sample
 
@@ -86,16 +87,22 @@ class WorkerPool:
     def _start(self) -> _Worker:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["causalvae.data.clips"])
-        try:
+        for turn in range(START_TRIES):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, self.source, self.plan), daemon=True)
-            process.start()
-        except OSError as error:
-            raise ConfigError(
-                f"--dataloader_num_workers: a process can't be started: {error.strerror}; use fewer, or 0"
-            ) from error
-        theirs.close()
-        return _Worker(process, ours)
+            try:
+                process.start()
+            except (EOFError, OSError) as error:  # also where somebody killed the process that forks them
+                ours.close()
+                if turn == START_TRIES - 1:
+                    raise ConfigError(
+                        f"--dataloader_num_workers: a process can't be started: {error}; use fewer, or 0"
+                    ) from error
+            else:
+                return _Worker(process, ours)
+            finally:
+                theirs.close()
+        raise AssertionError("the last try returns or raises")
 
     def _hand_out(self) -> None:
         for worker in self._workers:
@@ -181,7 +188,7 @@ class WorkerPool:
 
 def _work(connection: Connection, source: ClipSource, plan: ClipPlan) -> None:
     """The life of a worker: fill the slots it is sent until the pipe closes."""
-    for number in IGNORED:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     _die_with_parent()
     torch.set_num_threads(1)

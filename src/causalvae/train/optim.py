@@ -118,17 +118,22 @@ def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> 
             raise RunError(
                 f"the saved optimiser state has {key}, which belongs to no parameter of this model"
             )
-        states.setdefault(name, {})[entry] = restored(tensor, params[name].device)
+        states.setdefault(name, {})[entry] = restored(tensor, params[name])
     optimizer.state.clear()
     for name, state in states.items():
         optimizer.state[params[name]] = state
 
 
-def restored(tensor: Tensor, device: torch.device) -> Tensor | int:
-    """One entry of a parameter's state as the optimiser keeps it: int64 without axes is a Python integer."""
+def restored(tensor: Tensor, param: nn.Parameter) -> Tensor | int:
+    """One entry of a parameter's state as the optimiser keeps it: int64 without axes is a Python integer.
+
+    A tensor of the parameter's shape gets its memory layout too: fused kernels walk both in the order of memory.
+    """
     if tensor.ndim == 0 and tensor.dtype == torch.int64:
         return int(tensor)
-    return tensor.to(device, copy=True)
+    if tensor.shape == param.shape:
+        return torch.empty_like(param, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+    return tensor.to(param.device, copy=True)
 
 
 def named(optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
