@@ -1,173 +1,239 @@
-"""Which clip fills which slot of a batch: a function of (seed, cursor, sample) and nothing else.
+"""Which clip fills a place in a batch: a function of (seed, cursor, sample) and of what the files are.
 
-`draw` says what fills a slot; a video that can't be read is replaced by the next of the slot's own list of substitutes.
-Because being broken is a property of a file, the clips are the same in every repetition, with any number of workers.
+Every epoch goes through all videos once, in an order of its own. A video that can't be used is replaced by
+the place's own list of substitutes. Only tries of this place and facts about files count, never what other
+places or processes met before: a film damaged in its middle is used where its frames are sound, and one
+that is bad as a whole is bad for everyone. So the clips are the same in every repetition, from any cursor,
+with any workers.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
-from causalvae import rng
-from causalvae.data.decode import Decoder
+from causalvae.data.decode import Decoder, printable
 from causalvae.data.sources import ClipSource, VideoRef
 from causalvae.data.transforms import flip, resize_crop
-from causalvae.errors import VideoError
+from causalvae.errors import ConfigError, VideoError
+from causalvae.rng import below, key, permuted
 
-ShortVideos = Literal["auto", "repeat", "skip"]
-Crop = Literal["random", "center"]
-
-MAX_SHORT = 64  # substitutes that are tried in the hope of a longer video, before a short one is taken
-CENTRE = (0.5, 0.5)
-SAMPLES_OF_CROP = 2**32  # a crop is a fraction of the room there is, in these steps
+MAX_ATTEMPTS = 1000  # videos tried for one place before the dataset is called unusable
+SHORT_ATTEMPTS = 64  # videos found too short before one of them is used after all
+LONGEST_REASON = 2000  # characters, so that a message between processes is written in one piece
+PLACES = 1 << 32  # a crop's place is one of so many numbers in [0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipPlan:
-    """How clips are cut. size: height, width. stride: every n-th frame. batch: clips per cursor."""
+    """What clips look like and how they are drawn. batch: clips per cursor; size: H, W.
+
+    stride: every n-th frame of a video. short_videos: what to do with videos that are shorter than a clip:
+    `auto` repeats their last frame only if nothing longer is found, `repeat` always does, `skip` never uses
+    them.
+    """
 
     frames: int
     size: tuple[int, int]
     stride: int = 1
     batch: int = 1
     seed: int = 0
-    crop: Crop = "random"
+    crop: Literal["random", "center"] = "random"
     flip: bool = True
-    short_videos: ShortVideos = "auto"
+    short_videos: Literal["auto", "repeat", "skip"] = "auto"
 
     @property
     def span(self) -> int:
-        """Frames of the video from the first to the last of a clip."""
+        """Frames of a video that a clip reaches over, first and last included."""
         return (self.frames - 1) * self.stride + 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ClipRequest:
-    """One clip: frames start, start + stride, ... of a video, cropped and mirrored.
+    """One clip: frames start, start + stride, ... of a video, and how they are cut.
 
-    crop: top and left as fractions of the room that the crop leaves, in [0, 1).
+    crop: (down, across) as fractions in [0, 1) of the room there is; None is the centre.
+    cursor, sample, attempt: the place it fills, and how many videos were tried before.
     """
 
     video: VideoRef
     start: int
     stride: int
-    crop: tuple[float, float]
+    crop: tuple[float, float] | None
     flip: bool
-
-
-@dataclass(frozen=True)
-class Clips:
-    """A batch. pixels: uint8 b 3 t h w. requests: what is in it, in order. cursor: which batch it is."""
-
-    pixels: Tensor
-    requests: tuple[ClipRequest, ...]
-    cursor: int
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A place in a batch and what filled it. bad: ids of the videos that could not, with the reason, in order."""
-
     cursor: int
     sample: int
-    pixels: Tensor | None
-    request: ClipRequest | None
-    bad: tuple[tuple[str, str], ...]
-    num_short: int = 0
+    attempt: int
 
 
-def candidate(num_videos: int, plan: ClipPlan, *, cursor: int, sample: int, attempt: int) -> int:
-    """Index of the video that a slot tries. Attempt 0 walks the shuffled epochs; later ones the slot's own shuffle."""
-    if attempt == 0:
-        position = cursor * plan.batch + sample
-        epoch, place = divmod(position, num_videos)
-        return rng.permuted(place, num_videos, rng.key("epoch", plan.seed, epoch))
-    return rng.permuted(attempt - 1, num_videos, rng.key("substitute", plan.seed, cursor, sample))
+def choose(plan: ClipPlan, *, num_videos: int, cursor: int, sample: int, attempt: int) -> int:
+    """The number of the video for a place. Attempts 1 to num_videos go through all of them in some order."""
+    if attempt > 0:
+        return permuted(attempt - 1, num_videos, key("substitute", plan.seed, cursor, sample))
+    epoch, position = divmod(cursor * plan.batch + sample, num_videos)
+    return permuted(position, num_videos, key("order", plan.seed, epoch))
 
 
-def draw(video: VideoRef, num_frames: int, plan: ClipPlan, *, cursor: int, sample: int) -> ClipRequest:
-    """The clip that a slot takes from a video of this many frames: a function, no state."""
-    base = rng.key("clip", plan.seed, cursor, sample)
-    start = rng.below(rng.key(base, "start"), max(1, num_frames - plan.span + 1))
-    top, left = (
-        rng.below(rng.key(base, axis), SAMPLES_OF_CROP) / SAMPLES_OF_CROP for axis in ("top", "left")
-    )
-    mirrored = plan.flip and rng.below(rng.key(base, "flip"), 2) == 1
+def draw(
+    video: VideoRef, *, num_frames: int, plan: ClipPlan, cursor: int, sample: int, attempt: int = 0
+) -> ClipRequest:
+    """The clip that a place takes from a video of num_frames: from the first one if the video is short."""
+    place = (plan.seed, cursor, sample, attempt)
+    crop = None
+    if plan.crop == "random":
+        crop = (below(key("down", *place), PLACES) / PLACES, below(key("across", *place), PLACES) / PLACES)
     return ClipRequest(
-        video, start, plan.stride, (top, left) if plan.crop == "random" else CENTRE, flip=mirrored
+        video=video,
+        start=below(key("start", *place), max(1, num_frames - plan.span + 1)),
+        stride=plan.stride,
+        crop=crop,
+        flip=plan.flip and below(key("flip", *place), 2) == 1,
+        cursor=cursor,
+        sample=sample,
+        attempt=attempt,
     )
 
 
 def read_clip(request: ClipRequest, plan: ClipPlan, *, decoder: Decoder) -> Tensor:
-    """The pixels of a request: uint8 3 t h w. Frames past the end are the last one. VideoError if it can't be read."""
+    """The pixels of a clip: uint8 3 t H W. Past the end, the last frame. VideoError if unreadable."""
     last = decoder.num_frames(request.video.path) - 1
-    wanted = [min(request.start + i * request.stride, last) for i in range(plan.frames)]
-    pixels = resize_crop(decoder.read_frames(request.video.path, wanted), size=plan.size, crop=request.crop)
-    return flip(pixels) if request.flip else pixels
+    indices = [min(request.start + i * request.stride, last) for i in range(plan.frames)]
+    clip = resize_crop(decoder.read_frames(request.video.path, indices), size=plan.size, crop=request.crop)
+    return flip(clip) if request.flip else clip
 
 
 def center_clip(video: VideoRef, plan: ClipPlan, *, start: int = 0) -> Tensor:
-    """The first frames of a video, or those from `start`, cropped at the centre, not mirrored: uint8 3 t h w."""
-    request = ClipRequest(video, start, plan.stride, CENTRE, flip=False)
+    """The clip for samples and evaluation: frames from `start`, their centre, not flipped. uint8 3 t H W."""
+    request = ClipRequest(
+        video=video, start=start, stride=plan.stride, crop=None, flip=False, cursor=0, sample=0, attempt=0
+    )
     return read_clip(request, plan, decoder=Decoder())
 
 
-class SlotReader:
-    """Fills slots in one process. Keeps what it learned about files, and nothing that a clip depends on."""
+@dataclass(frozen=True)
+class Task:
+    """One try to fill a place. repeat: a video that is too short is used, its last frame repeated."""
 
-    def __init__(self, source: ClipSource, plan: ClipPlan, *, announce: Callable[[str], None]) -> None:
-        """announce: told the id of each video before it is opened, for the case that opening never returns."""
-        self.source, self.plan, self.announce = source, plan, announce
-        self.bad: dict[str, str] = {}
-        self._decoder = Decoder()
+    video: VideoRef
+    cursor: int
+    sample: int
+    attempt: int
+    repeat: bool
 
-    def fill(self, cursor: int, sample: int) -> Slot:
-        """The slot's clip, or a slot without one if no video can be used."""
-        found: list[tuple[str, str]] = []
-        short: list[ClipRequest] = []
-        policy = self.plan.short_videos
-        for attempt in range(len(self.source) + 1):
-            index = candidate(len(self.source), self.plan, cursor=cursor, sample=sample, attempt=attempt)
-            video = self.source[index]
-            request = self._request(video, cursor, sample)
-            if request is not None and policy != "repeat" and self._is_short(request):
-                short.append(request)
-                if len(short) > MAX_SHORT and policy == "auto":
-                    break
-                continue
-            pixels = self._pixels(request)
-            if pixels is not None:
-                return Slot(cursor, sample, pixels, request, tuple(found))
-            found.append((video.id, self.bad[video.id]))
-        for request in short if policy == "auto" else []:
-            pixels = self._pixels(request)
-            if pixels is not None:
-                return Slot(cursor, sample, pixels, request, tuple(found))
-            found.append((request.video.id, self.bad[request.video.id]))
-        return Slot(cursor, sample, None, None, tuple(found), num_short=len(short))
 
-    def _request(self, video: VideoRef, cursor: int, sample: int) -> ClipRequest | None:
-        if video.id in self.bad:
-            return None
-        self.announce(video.id)
-        try:
-            frames = self._decoder.num_frames(video.path)
-        except VideoError as error:
-            self.bad[video.id] = str(error)
-            return None
-        return draw(video, frames, self.plan, cursor=cursor, sample=sample)
+@dataclass(frozen=True)
+class Outcome:
+    """How a try ended. num_frames: of the video, if it is known. reason: why there is no clip.
 
-    def _is_short(self, request: ClipRequest) -> bool:
-        return self._decoder.num_frames(request.video.path) < self.plan.span
+    whole: the file is bad whatever clip of it is asked for.
+    """
 
-    def _pixels(self, request: ClipRequest | None) -> Tensor | None:
-        if request is None:
-            return None
-        self.announce(request.video.id)
-        try:
-            return read_clip(request, self.plan, decoder=self._decoder)
-        except VideoError as error:
-            self.bad[request.video.id] = str(error)
-            return None
+    kind: Literal["clip", "short", "bad"]
+    num_frames: int = 0
+    reason: str = ""
+    whole: bool = False
+
+
+def perform(task: Task, plan: ClipPlan, *, decoder: Decoder, out: Tensor) -> Outcome:
+    """Try to read the clip of a task into `out`, uint8 3 t H W."""
+    try:
+        num_frames = decoder.num_frames(task.video.path)
+    except VideoError as error:
+        return Outcome("bad", reason=str(error)[:LONGEST_REASON], whole=True)
+    if num_frames < plan.span and not task.repeat:
+        return Outcome("short", num_frames)
+    request = draw(
+        task.video,
+        num_frames=num_frames,
+        plan=plan,
+        cursor=task.cursor,
+        sample=task.sample,
+        attempt=task.attempt,
+    )
+    try:
+        out.copy_(read_clip(request, plan, decoder=decoder))
+    except VideoError as error:
+        return Outcome("bad", num_frames, str(error)[:LONGEST_REASON])
+    return Outcome("clip", num_frames)
+
+
+class Search:
+    """What has been tried for one place, and what to try next.
+
+    bad: videos known to be bad as a whole, with the reason; shared by all searches.
+    request: the clip that fills the place, once there is one. records: the bad videos met on the way.
+    """
+
+    def __init__(
+        self, source: ClipSource, plan: ClipPlan, *, cursor: int, sample: int, bad: dict[str, str]
+    ) -> None:
+        self.source, self.plan, self.cursor, self.sample, self.bad = source, plan, cursor, sample, bad
+        self.request: ClipRequest | None = None
+        self.records: list[dict[str, Any]] = []
+        self.deaths = 0  # of processes, during this task
+        self._attempt = 0
+        self._short: list[int] = []
+        self._reasons: list[str] = []
+
+    def task(self) -> Task:
+        """The next try. ConfigError if there is no video left."""
+        while not self._enough_are_short():
+            if self._attempt > min(len(self.source), MAX_ATTEMPTS):
+                raise ConfigError(self._why_nothing())
+            video = self._video(self._attempt)
+            if video.id not in self.bad:
+                return self._task(video, self._attempt, repeat=self.plan.short_videos == "repeat")
+            self._record(video, self.bad[video.id], whole=True)
+            self._attempt += 1
+        return self._task(self._video(self._short[0]), self._short[0], repeat=True)
+
+    def settle(self, task: Task, outcome: Outcome) -> bool:
+        """Take the outcome of a try. True if the place is filled."""
+        self.deaths = 0
+        if outcome.kind == "clip":
+            self.request = draw(
+                task.video,
+                num_frames=outcome.num_frames,
+                plan=self.plan,
+                cursor=self.cursor,
+                sample=self.sample,
+                attempt=task.attempt,
+            )
+            return True
+        if outcome.kind == "short":
+            self._short.append(task.attempt)
+            self._reasons.append(f"{printable(task.video.id)} has {outcome.num_frames} frames")
+        else:
+            self._record(task.video, outcome.reason, whole=outcome.whole)
+            if outcome.whole:
+                self.bad[task.video.id] = outcome.reason
+        if self._short and task.attempt == self._short[0] and task.repeat:
+            self._short.pop(0)
+        else:
+            self._attempt += 1
+        return False
+
+    def _enough_are_short(self) -> bool:
+        """Whether to use a short video: enough were found, or there is nothing else."""
+        if self.plan.short_videos == "skip" or not self._short:
+            return False
+        return len(self._short) >= SHORT_ATTEMPTS or self._attempt > min(len(self.source), MAX_ATTEMPTS)
+
+    def _task(self, video: VideoRef, attempt: int, *, repeat: bool) -> Task:
+        return Task(video, self.cursor, self.sample, attempt, repeat)
+
+    def _video(self, attempt: int) -> VideoRef:
+        number = choose(
+            self.plan, num_videos=len(self.source), cursor=self.cursor, sample=self.sample, attempt=attempt
+        )
+        return self.source[number]
+
+    def _record(self, video: VideoRef, reason: str, *, whole: bool) -> None:
+        self.records.append({"video": video.id, "path": video.path, "reason": reason, "whole": whole})
+        self._reasons.append(reason)
+
+    def _why_nothing(self) -> str:
+        tried = min(len(self.source), MAX_ATTEMPTS)
+        text = f"--video_path {printable(self.source.name)}: none of the {tried} videos tried can be used"
+        text += f" for clips of {self.plan.frames} frames. The first reasons: "
+        return text + "; ".join(list(dict.fromkeys(self._reasons))[:3])

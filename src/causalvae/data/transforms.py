@@ -12,8 +12,8 @@ LARGEST_COVER = 64  # pixels of the resized frame per pixel of the crop; a thin 
 def resize_crop(frames: Tensor, *, size: tuple[int, int], crop: tuple[float, float] | None = None) -> Tensor:
     """uint8 t h w 3 -> uint8 3 t H W: resized to the smallest frame that covers H W, then cropped.
 
-    Antialiased, up or down, the aspect ratio kept. size: H, W. crop: where the crop lies, (down, across), each in
-    [0, 1) from the first to the last place where it fits; None is the centre.
+    Antialiased, up or down, the aspect ratio kept. size: H, W. crop: where the crop lies, (down, across),
+    each in [0, 1) from the first to the last place where it fits; None is the centre.
     """
     h, w = frames.shape[1:3]
     height, width = size
