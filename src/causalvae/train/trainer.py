@@ -119,14 +119,15 @@ def _train(
         log.say(f"{run.path} is already at step {state.step}; raise --max_steps to go on")
         return
     plan = _clip_plan(settings)
-    known = {str(record["video"]): str(record["reason"]) for record in run.records("quarantine.jsonl")}
+    known = run.records("quarantine.jsonl")
     with ClipLoader(
         source,
         plan,
         cursor=state.cursor,
         workers=settings.dataloader_num_workers,
         clip_timeout=settings.clip_timeout,
-        quarantined=known,
+        quarantined={record["video"] for record in known},
+        unreadable={record["video"]: record["reason"] for record in known if record["whole"]},
         on_quarantine=lambda record: _quarantine(run, log, record),
     ) as loader:
         training = _Training(
