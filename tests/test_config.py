@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given as drawn
+from hypothesis import settings as how
 from hypothesis import strategies as st
 
 from causalvae.config import (
@@ -59,7 +60,7 @@ def values_of(flag: Flag) -> st.SearchStrategy[Any]:
     texts = st.text(st.characters(exclude_characters="\0"), min_size=1).filter(str.strip)
     pixels = st.integers(1, 200).map(lambda n: 8 * n)
     budgets = st.one_of(
-        st.sampled_from(["auto", "speed", "lean"]), st.integers(1, 2**50).map(lambda n: f"{n}B")
+        st.sampled_from(["auto", "speed", "lean"]), st.integers(1, 2**59).map(lambda n: f"{n}B")
     )
     special: dict[str, st.SearchStrategy[Any]] = {
         "exp_name": st.from_regex(r"\A[A-Za-z0-9_][\w. -]{0,30}[A-Za-z0-9_]\Z"),
@@ -104,6 +105,7 @@ def test_the_seed_command_is_read_as_it_stands() -> None:
     assert given.keys() == {word[2:] for word in SEED_COMMAND if word.startswith("--")}
 
 
+@how(derandomize=True, deadline=None)
 @drawn(settings=ALL_SETTINGS)
 def test_settings_to_yaml_and_back_are_the_same(
     settings: TrainSettings, tmp_path_factory: pytest.TempPathFactory
@@ -115,6 +117,7 @@ def test_settings_to_yaml_and_back_are_the_same(
     assert given.keys() == FLAGS.keys()
 
 
+@how(derandomize=True, deadline=None)
 @drawn(settings=ALL_SETTINGS)
 def test_settings_to_words_and_back_are_the_same(settings: TrainSettings) -> None:
     argv: list[str] = []
@@ -243,6 +246,13 @@ def test_a_bad_file_of_settings_names_the_file_and_the_line(text: str, words: st
     message = refused("--config", str(path))
     assert words in message
     assert str(path) in message
+
+
+def test_an_amount_of_memory_is_exact_in_any_unit() -> None:
+    amounts = {"20GiB": 20 * 2**30, "1.5 GB": 1_500_000_000, "7kib": 7168, "1125899906842625B": 2**50 + 1}
+    for text, amount in amounts.items():
+        assert MemoryBudget.parse(text) == MemoryBudget("budget", amount)
+        assert MemoryBudget.parse(str(MemoryBudget.parse(text))) == MemoryBudget.parse(text)
 
 
 def test_a_video_path_is_required_and_the_error_says_what_it_is() -> None:

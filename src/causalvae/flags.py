@@ -61,8 +61,9 @@ class MemoryBudget:
             case "auto" | "speed" | "lean" as policy:
                 return cls(policy)
             case _:
-                found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([KMG]I?B|B)", text.upper())
-                amount = int(float(found[1]) * BUDGET_UNITS[found[2]]) if found else 0
+                found = re.fullmatch(r"([0-9]{1,18})(\.[0-9]{1,9})? ?([KMG]I?B|B)", text.upper())
+                whole, part, unit = found.groups() if found else ("0", None, "B")
+                amount = int(whole) * BUDGET_UNITS[unit] + int(float(part or 0) * BUDGET_UNITS[unit])
         if amount == 0:
             raise ValueError("must be auto, speed, lean, or an amount such as 20GiB")
         return cls("budget", amount)
