@@ -28,8 +28,15 @@ TINY = {
     "disc_start": 3,
     "dataloader_num_workers": 0,
 }
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for each other are slow on busy machines
-MEASURED = {"time", "clips_per_second", "data_wait", "memory_gib"}  # differ between two runs of the same thing
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1"
+}  # threads that wait for each other are slow on busy machines
+MEASURED = {
+    "time",
+    "clips_per_second",
+    "data_wait",
+    "memory_gib",
+}  # differ between two runs of the same thing
 
 
 def words(folder: Path, **changes: object) -> list[str]:
@@ -53,7 +60,9 @@ def start(folder: Path, *, env: dict[str, str] | None = None, **changes: object)
 
 def run(folder: Path, **changes: object) -> subprocess.CompletedProcess[str]:
     """The command, to its end."""
-    return subprocess.run(words(folder, **changes), capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    return subprocess.run(
+        words(folder, **changes), capture_output=True, text=True, check=False, env=ENVIRONMENT
+    )
 
 
 def tensors(folder: Path, step: int) -> dict[str, Tensor]:

@@ -65,7 +65,9 @@ def demo(*, output_dir: Path, seed: int = 0) -> DemoResult:
     clip = _held_out_clip(settings)
     vae = build(PRESETS[MODEL], seed=seed)
     before = reconstruct(vae, clip)
-    averaged = read_tensors(result.path / "checkpoints" / f"step-{settings.max_steps:08d}" / "ema.safetensors")
+    averaged = read_tensors(
+        result.path / "checkpoints" / f"step-{settings.max_steps:08d}" / "ema.safetensors"
+    )
     after = reconstruct(vae, clip, weights=averaged)
     _write_pictures(result.path, clip, before, after)
     score = psnr(clip, before), psnr(clip, after)
@@ -86,7 +88,13 @@ def _write_pictures(folder: Path, clip: Tensor, before: Tensor, after: Tensor) -
 
 
 def _text(
-    settings: TrainSettings, run: Path, vae: CausalVAE, clip: Tensor, *, score: tuple[float, float], seconds: float
+    settings: TrainSettings,
+    run: Path,
+    vae: CausalVAE,
+    clip: Tensor,
+    *,
+    score: tuple[float, float],
+    seconds: float,
 ) -> str:
     latent = vae.geometry.latent_shape(*clip.shape[1:])
     kept = clip.numel() / math.prod(latent)

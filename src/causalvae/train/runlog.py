@@ -37,6 +37,7 @@ class RunLog:
     def __init__(self, run: RunDir, *, max_steps: int, log_steps: int, tensorboard: bool) -> None:
         self.run, self.max_steps, self.log_steps = run, max_steps, log_steps
         self.console = Console(highlight=False, soft_wrap=True)
+        self.warnings: list[str] = []
         self._file = _log_file(run.path)
         self._board = _board(run.path) if tensorboard else None
         self._bar: Progress | None = None
@@ -67,7 +68,8 @@ class RunLog:
             _print_plain(message)
 
     def warn(self, message: str) -> None:
-        """A line that begins with `warning:`. The caller records it in run.json."""
+        """A line that begins with `warning:`, kept in `warnings` for run.json."""
+        self.warnings.append(message)
         self.say(f"warning: {message}")
 
     def start(self, step: int) -> None:

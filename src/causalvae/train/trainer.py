@@ -1,55 +1,43 @@
-"""The training of a video VAE from settings to a run's folder: builds the parts, runs the loop, saves, resumes.
+"""The training of a video VAE from settings to a run's folder: the loop, its records, saves and signals.
 
-The one reader of TrainSettings: everything below takes plain arguments.
+Reads TrainSettings together with `train.parts`; everything below takes plain arguments.
 """
 
-import os
-import platform
 import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import causalvae
 from causalvae import rng
-from causalvae.config import (
-    TrainSettings,
-    changed_mathematics,
-    continued,
-    decay_steps,
-    notices,
-    to_yaml,
-    warmup_steps,
-)
+from causalvae.config import TrainSettings, decay_steps, notices, to_yaml, warmup_steps
 from causalvae.data.clips import ClipPlan, center_clip
 from causalvae.data.loader import ClipLoader
 from causalvae.data.sources import ClipSource, open_source
-from causalvae.errors import ConfigError, RunError, VideoError
+from causalvae.errors import RunError, VideoError
 from causalvae.files import redact
-from causalvae.flags import Given, read_settings
+from causalvae.flags import Given
 from causalvae.geometry import Geometry
-from causalvae.losses import LossPlan, build_critic
-from causalvae.machine import Machine, environment, pick_device, torch_facts
-from causalvae.models.build import build
-from causalvae.models.presets import PRESETS
-from causalvae.rundir import Checkpoint, RunDir, damage, run_path
-from causalvae.train.optim import build_optimizer, learning_rate, set_learning_rate
+from causalvae.losses import LossPlan
+from causalvae.machine import pick_device
+from causalvae.rundir import RunDir, run_path
+from causalvae.train.optim import learning_rate, set_learning_rate
+from causalvae.train.parts import build_state, clip_plan, loss_plan, run_facts, starting_point
 from causalvae.train.runlog import RunLog
 from causalvae.train.samples import write_samples
 from causalvae.train.signals import StopRequest, stop_on_signal
-from causalvae.train.state import TrainState, read_counters
+from causalvae.train.state import TrainState
 from causalvae.train.step import StepResult, train_step
 from causalvae.video import to_model
-from causalvae.weights.read import Origin, read_model
 
 MAX_SKIPPED = 20  # steps in a row that were not finite, after which a run stops
 NUM_SAMPLES = 2  # fixed clips that are reconstructed at every save
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # words of torch's RuntimeError
 
 
 @dataclass(frozen=True)
@@ -63,7 +51,7 @@ class RunResult:
 
 @dataclass
 class _Training:
-    """The parts of one run in one process."""
+    """The parts of one run in one process. facts: what run.json says but for the warnings."""
 
     settings: TrainSettings
     run: RunDir
@@ -72,6 +60,7 @@ class _Training:
     loader: ClipLoader
     loss: LossPlan
     samples: list[Tensor]
+    facts: dict[str, Any]  # Any: JSON
     skipped: int = 0
     saved: int = -1
 
@@ -84,29 +73,32 @@ def train(
     given: what was not a default and where it came from, for config.yaml. command: as typed, for run.json.
     Raises ConfigError for a mistake in what was asked, RunError if the run can't start or can't go on.
     """
+    warnings = notices(settings, given)
     device = torch.device(pick_device(settings.device))
     source = open_source(settings.video_path)
     with stop_on_signal() as stop, RunDir(run_path(settings.output_dir, settings.exp_name)) as run:
-        settings, start = _starting_point(run, settings)
-        warnings = notices(settings, given)
+        settings, start = starting_point(run, settings, source=source)
         with RunLog(
             run, max_steps=settings.max_steps, log_steps=settings.log_steps, tensorboard=settings.tensorboard
         ) as log:
-            state, origin = _build_state(settings, device, start=start)
-            for warning in [*warnings, *run.warnings]:
+            for warning in warnings:
                 log.warn(warning)
+            state, origin = build_state(settings, device, start=start)
             run.write_text("config.yaml", to_yaml(settings, given))
-            facts = {
-                "warnings": [*warnings, *run.warnings],
-                "command": redact(command),
-                "device": str(device),
-            }
-            run.write_json("run.json", facts | _facts(source, origin))
-            _train(settings, run, log, state=state, source=source, stop=stop)
+            facts = {"command": redact(command), "device": str(device), **run_facts(source, origin)}
+            _record(run, log, facts)
+            if state.step < settings.max_steps:
+                _run(settings, run, log, state=state, source=source, stop=stop, facts=facts)
+                _record(run, log, facts)
+                log.say(
+                    f"step {state.step}: {'stopped' if stop.number else 'done'}; the run is in {run.path}"
+                )
+            else:
+                log.say(f"{run.path} is already at step {state.step}; raise --max_steps to go on")
     return RunResult(run.path, stop.status, state.step)
 
 
-def _train(
+def _run(
     settings: TrainSettings,
     run: RunDir,
     log: RunLog,
@@ -114,12 +106,15 @@ def _train(
     state: TrainState,
     source: ClipSource,
     stop: StopRequest,
+    facts: dict[str, Any],
 ) -> None:
-    if state.step >= settings.max_steps:
-        log.say(f"{run.path} is already at step {state.step}; raise --max_steps to go on")
-        return
-    plan = _clip_plan(settings)
+    plan = clip_plan(settings)
     known = run.records("quarantine.jsonl")
+
+    def quarantine(record: dict[str, Any]) -> None:
+        run.append("quarantine.jsonl", record)
+        log.warn(f"{record['video']} is left out: {record['reason']}")
+
     with ClipLoader(
         source,
         plan,
@@ -128,26 +123,44 @@ def _train(
         clip_timeout=settings.clip_timeout,
         quarantined={record["video"] for record in known},
         unreadable={record["video"]: record["reason"] for record in known if record["whole"]},
-        on_quarantine=lambda record: _quarantine(run, log, record),
+        on_quarantine=quarantine,
     ) as loader:
-        training = _Training(
-            settings, run, log, state, loader, _loss_plan(settings), _fixed_clips(source, plan)
-        )
+        samples = _fixed_clips(source, plan)
+        training = _Training(settings, run, log, state, loader, loss_plan(settings), samples, facts)
         log.say(f"{settings.exp_name}: {len(source)} videos, {_size_of(state.vae)}, from step {state.step}")
         log.start(state.step)
         _loop(training, stop)
-    log.say(f"step {state.step}: {'stopped' if stop.number else 'done'}; the run is in {run.path}")
 
 
 def _loop(training: _Training, stop: StopRequest) -> None:
     state, settings = training.state, training.settings
     while state.step < settings.max_steps and not stop.number:
-        result = _step(training)
-        done = state.step == settings.max_steps
-        if result.applied and (state.step % settings.save_steps == 0 or done):
+        try:
+            result = _step(training)
+        except RuntimeError as error:
+            raise _explained(error, training) from error
+        if result.applied and (state.step % settings.save_steps == 0 or state.step == settings.max_steps):
             _save(training)
     if stop.number and training.saved != state.step and state.step > 0:
         _save(training)
+
+
+def _explained(error: RuntimeError, training: _Training) -> Exception:
+    """Torch's error as one that a user can act on, where it is a lack of memory; else the error itself."""
+    if not any(words in str(error) for words in OUT_OF_MEMORY):
+        return error
+    return RunError(
+        f"step {training.state.step + 1}: there is not enough memory for a step of this size; lower --batch_size, "
+        "--resolution or --video_num_frames. The last checkpoint is intact",
+        status=1,
+    )
+
+
+def _record(run: RunDir, log: RunLog, facts: Mapping[str, Any]) -> None:
+    """Say what the folder warned of since this was last called, and write run.json with every warning."""
+    while run.warnings:
+        log.warn(run.warnings.pop(0))
+    run.write_json("run.json", {**facts, "warnings": log.warnings})
 
 
 def _step(training: _Training) -> StepResult:
@@ -235,6 +248,7 @@ def _save(training: _Training) -> None:
         _save_once(run, state)
     training.saved = state.step
     run.prune(training.settings.keep_checkpoints)
+    _record(run, training.log, training.facts)
     training.log.say(f"step {state.step}: checkpoint saved in {time.monotonic() - started:.1f} s")
     if training.samples:
         write_samples(
@@ -245,110 +259,6 @@ def _save(training: _Training) -> None:
 def _save_once(run: RunDir, state: TrainState) -> None:
     with run.stage(state.step) as folder:
         state.save(folder)
-
-
-def _starting_point(run: RunDir, settings: TrainSettings) -> tuple[TrainSettings, Checkpoint | None]:
-    """The settings in force and the checkpoint to go on from; records of later steps are dropped.
-
-    Refuses changed mathematics, and a run that is not empty where --resume never was given.
-    """
-    if settings.resume == "never" and not run.was_empty:
-        raise RunError(
-            f"{run.path} is not empty and --resume never was given; choose another --exp_name, or leave --resume out "
-            "to go on"
-        )
-    checkpoint = run.latest()
-    if checkpoint is None and settings.resume not in ("auto", "never"):
-        checkpoint = _checkpoint_at(Path(settings.resume))
-    if checkpoint is not None:
-        settings = _continue(settings, checkpoint.path.parent.parent / "config.yaml")
-        torch.set_num_threads(read_counters(checkpoint.path)["threads"])
-    run.rewind("metrics.jsonl", checkpoint.step if checkpoint is not None else 0)
-    return settings, checkpoint
-
-
-def _checkpoint_at(path: Path) -> Checkpoint:
-    if not (path / "state.json").is_file():
-        raise ConfigError(
-            f"--resume {path}: no checkpoint is there; name a folder such as RUN/checkpoints/step-00001000 that holds "
-            "state.json"
-        )
-    reason = damage(path)
-    if reason is not None:
-        raise RunError(f"--resume {path}: this checkpoint is damaged: {reason}; name an earlier one")
-    return Checkpoint(read_counters(path)["step"], path, full=True)
-
-
-def _continue(settings: TrainSettings, config: Path) -> TrainSettings:
-    saved, _ = read_settings(TrainSettings, ["--config", str(config)])
-    changed = changed_mathematics(saved, settings)
-    if changed:
-        listed = "; ".join(f"--{name}: {old} -> {new}" for name, old, new in changed)
-        raise ConfigError(
-            f"{config.parent} was trained with other settings, and with these it would not be the same run: {listed}. "
-            "Give the old values, or choose another --exp_name"
-        )
-    return continued(saved, settings)
-
-
-def _build_state(
-    settings: TrainSettings, device: torch.device, *, start: Checkpoint | None
-) -> tuple[TrainState, Origin | None]:
-    config, tensors, origin = PRESETS[settings.model], None, None
-    weights = start.path if start is not None else settings.load_from_checkpoint
-    if weights is not None:
-        config, tensors, origin = read_model(Path(weights))
-    vae = build(config, seed=settings.seed)
-    if tensors is not None and start is None:
-        vae.load_state_dict(tensors, strict=True)
-    vae = vae.to(device=device, memory_format=torch.channels_last_3d)
-    ema = {name: p.detach().clone() for name, p in vae.named_parameters()} if settings.use_ema else {}
-    critic = _critic(settings, device)
-    logvar = nn.Parameter(
-        torch.tensor(settings.logvar_init, device=device), requires_grad=settings.learn_logvar
-    )
-    learned = [("logvar", logvar)] if settings.learn_logvar else []
-    how = {
-        "kind": settings.optim,
-        "lr": settings.start_learning_rate,
-        "betas": settings.betas,
-        "weight_decay": settings.weight_decay,
-    }
-    state = TrainState(
-        vae=vae,
-        ema=ema,
-        critic=critic,
-        logvar=logvar,
-        optimizer=build_optimizer([*vae.named_parameters(), *learned], **how),
-        critic_optimizer=build_optimizer(critic.named_parameters(), **how) if critic is not None else None,
-    )
-    if start is not None:
-        state.load(start.path)
-    return state, origin
-
-
-def _critic(settings: TrainSettings, device: torch.device) -> nn.Module | None:
-    if settings.disc_type == "none":
-        return None
-    base = rng.key("critic", settings.seed)
-    return build_critic(settings.disc_type, base=base, norm=settings.disc_norm).to(device)
-
-
-def _clip_plan(settings: TrainSettings) -> ClipPlan:
-    return ClipPlan(
-        frames=settings.video_num_frames,
-        size=(settings.resolution.height, settings.resolution.width),
-        stride=settings.sample_rate,
-        batch=settings.batch_size * settings.gradient_accumulation_steps,
-        seed=settings.seed,
-        crop=settings.crop,
-        flip=settings.flip,
-        short_videos=settings.short_videos,
-    )
-
-
-def _loss_plan(settings: TrainSettings) -> LossPlan:
-    return LossPlan(kind=settings.loss_type, kl_weight=settings.kl_weight, disc_weight=settings.disc_weight)
 
 
 def _fixed_clips(source: ClipSource, plan: ClipPlan) -> list[Tensor]:
@@ -362,28 +272,6 @@ def _fixed_clips(source: ClipSource, plan: ClipPlan) -> list[Tensor]:
         if len(clips) == NUM_SAMPLES:
             break
     return clips
-
-
-def _quarantine(run: RunDir, log: RunLog, record: dict[str, Any]) -> None:
-    run.append("quarantine.jsonl", record)
-    log.warn(f"{record['video']} is left out: {record['reason']}")
-
-
-def _facts(source: ClipSource, origin: Origin | None) -> dict[str, Any]:  # Any: JSON
-    """What a run stands on: versions, machine, data and weights."""
-    return {
-        "causalvae": causalvae.__version__,
-        "python": platform.python_version(),
-        "torch": asdict(torch_facts()),
-        "machine": asdict(Machine.look()),
-        "environment": environment(os.environ),
-        "precision": "fp32",
-        "amp_level": "O0",
-        "jit_level": "O0",
-        "deterministic": True,
-        "weights": None if origin is None else {"file": str(origin.path), "sha256": origin.sha256},
-        "dataset": {"name": source.name, "videos": len(source), "fingerprint": source.fingerprint},
-    }
 
 
 def _size_of(module: nn.Module) -> str:

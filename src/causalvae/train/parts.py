@@ -1,0 +1,166 @@
+"""The parts of a run, made from its settings: where it starts, its networks and optimisers, its plans.
+
+Together with `train.trainer` the only reader of TrainSettings.
+"""
+
+import json
+import os
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import causalvae
+from causalvae import rng
+from causalvae.config import TrainSettings, changed_mathematics, continued
+from causalvae.data.clips import ClipPlan
+from causalvae.data.sources import ClipSource
+from causalvae.errors import ConfigError, RunError
+from causalvae.flags import read_settings
+from causalvae.losses import LossPlan, build_critic
+from causalvae.machine import Machine, environment, torch_facts
+from causalvae.models.build import build
+from causalvae.models.presets import PRESETS
+from causalvae.rundir import Checkpoint, RunDir, damage
+from causalvae.train.optim import build_optimizer
+from causalvae.train.state import TrainState, read_counters
+from causalvae.weights.read import Origin, read_model
+
+
+def starting_point(
+    run: RunDir, settings: TrainSettings, *, source: ClipSource
+) -> tuple[TrainSettings, Checkpoint | None]:
+    """The settings in force and the checkpoint to go on from; records of later steps are dropped.
+
+    Refuses changed mathematics, and a run that is not empty where --resume never was given.
+    """
+    if settings.resume == "never" and not run.was_empty:
+        raise RunError(
+            f"{run.path} is not empty and --resume never was given; choose another --exp_name, or leave --resume out "
+            "to go on"
+        )
+    checkpoint = run.latest()
+    if checkpoint is None and settings.resume not in ("auto", "never"):
+        checkpoint = _checkpoint_at(Path(settings.resume))
+    if checkpoint is not None:
+        before = checkpoint.path.parent.parent
+        settings = _continue(settings, before / "config.yaml")
+        if before == run.path:
+            _refuse_other_videos(run.path / "run.json", source)
+        torch.set_num_threads(read_counters(checkpoint.path)["threads"])
+    run.rewind("metrics.jsonl", checkpoint.step if checkpoint is not None else 0)
+    return settings, checkpoint
+
+
+def _refuse_other_videos(facts: Path, source: ClipSource) -> None:
+    saved = json.loads(facts.read_text())["dataset"]
+    if saved["fingerprint"] != source.fingerprint:
+        raise ConfigError(
+            f"--video_path {source.name}: not the videos that {facts.parent} was trained on: it had {saved['videos']}, "
+            f"now there are {len(source)}, or their sizes changed. Give those again, or start another run from this "
+            "one: --exp_name NEW --resume RUN/checkpoints/step-N"
+        )
+
+
+def _checkpoint_at(path: Path) -> Checkpoint:
+    if not (path / "state.json").is_file():
+        raise ConfigError(
+            f"--resume {path}: no checkpoint is there; name a folder such as RUN/checkpoints/step-00001000 that holds "
+            "state.json"
+        )
+    reason = damage(path)
+    if reason is not None:
+        raise RunError(f"--resume {path}: this checkpoint is damaged: {reason}; name an earlier one")
+    return Checkpoint(read_counters(path)["step"], path, full=True)
+
+
+def _continue(settings: TrainSettings, config: Path) -> TrainSettings:
+    saved, _ = read_settings(TrainSettings, ["--config", str(config)])
+    changed = changed_mathematics(saved, settings)
+    if changed:
+        listed = "; ".join(f"--{name}: {old} -> {new}" for name, old, new in changed)
+        raise ConfigError(
+            f"{config.parent} was trained with other settings, and with these it would not be the same run: {listed}. "
+            "Give the old values, or choose another --exp_name"
+        )
+    return continued(saved, settings)
+
+
+def build_state(
+    settings: TrainSettings, device: torch.device, *, start: Checkpoint | None
+) -> tuple[TrainState, Origin | None]:
+    config, tensors, origin = PRESETS[settings.model], None, None
+    weights = start.path if start is not None else settings.load_from_checkpoint
+    if weights is not None:
+        config, tensors, origin = read_model(Path(weights))
+    vae = build(config, seed=settings.seed)
+    if tensors is not None and start is None:
+        vae.load_state_dict(tensors, strict=True)
+    vae = vae.to(device=device, memory_format=torch.channels_last_3d)
+    ema = {name: p.detach().clone() for name, p in vae.named_parameters()} if settings.use_ema else {}
+    critic = _critic(settings, device)
+    logvar = nn.Parameter(
+        torch.tensor(settings.logvar_init, device=device), requires_grad=settings.learn_logvar
+    )
+    learned = [("logvar", logvar)] if settings.learn_logvar else []
+    how = {
+        "kind": settings.optim,
+        "lr": settings.start_learning_rate,
+        "betas": settings.betas,
+        "weight_decay": settings.weight_decay,
+    }
+    state = TrainState(
+        vae=vae,
+        ema=ema,
+        critic=critic,
+        logvar=logvar,
+        optimizer=build_optimizer([*vae.named_parameters(), *learned], **how),
+        critic_optimizer=build_optimizer(critic.named_parameters(), **how) if critic is not None else None,
+    )
+    if start is not None:
+        state.load(start.path)
+    return state, origin
+
+
+def _critic(settings: TrainSettings, device: torch.device) -> nn.Module | None:
+    if settings.disc_type == "none":
+        return None
+    base = rng.key("critic", settings.seed)
+    return build_critic(settings.disc_type, base=base, norm=settings.disc_norm).to(device)
+
+
+def clip_plan(settings: TrainSettings) -> ClipPlan:
+    return ClipPlan(
+        frames=settings.video_num_frames,
+        size=(settings.resolution.height, settings.resolution.width),
+        stride=settings.sample_rate,
+        batch=settings.batch_size * settings.gradient_accumulation_steps,
+        seed=settings.seed,
+        crop=settings.crop,
+        flip=settings.flip,
+        short_videos=settings.short_videos,
+    )
+
+
+def loss_plan(settings: TrainSettings) -> LossPlan:
+    return LossPlan(kind=settings.loss_type, kl_weight=settings.kl_weight, disc_weight=settings.disc_weight)
+
+
+def run_facts(source: ClipSource, origin: Origin | None) -> dict[str, Any]:  # Any: JSON
+    """What a run stands on: versions, machine, data and weights."""
+    return {
+        "causalvae": causalvae.__version__,
+        "python": platform.python_version(),
+        "torch": asdict(torch_facts()),
+        "machine": asdict(Machine.look()),
+        "environment": environment(os.environ),
+        "precision": "fp32",
+        "amp_level": "O0",
+        "jit_level": "O0",
+        "deterministic": True,
+        "weights": None if origin is None else {"file": str(origin.path), "sha256": origin.sha256},
+        "dataset": {"name": source.name, "videos": len(source), "fingerprint": source.fingerprint},
+    }
