@@ -1,9 +1,11 @@
 """Time and memory of a training step, against the plain order of work. Prints a Markdown table.
 
-    python benchmarks/step.py [--model tiny] [--batch_size 4] [--frames 9] [--size 64] [--repeats 7] [--threads 2]
+    python benchmarks/step.py [--model tiny] [--batch_size 4] [--frames 9] [--size 64] [--repeats 7]
+    [--threads 2]
 
-Plain: the autoencoder runs forward for the generator and again for the critic, the loss keeps its graph, the adaptive
-weight takes two autograd calls through losses and critic, AdamW is not fused, nearest upsampling is not folded. Both do the
+Plain: the autoencoder runs forward for the generator and again for the critic, the loss keeps its graph, the
+adaptive weight takes two autograd calls through losses and critic, AdamW is not fused, nearest upsampling is
+not folded. Both do the
 same arithmetic: the table's last line is the largest difference of a weight after one step of each.
 Each order of work is timed in turn within one process, so that a noisy machine disturbs both alike.
 """

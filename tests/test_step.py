@@ -1,4 +1,7 @@
-"""Laws of the training step: split = whole, one forward = the published order of work, skipped steps change nothing."""
+"""Laws of the training step.
+
+Split = whole, one forward = the published order of work, skipped steps change nothing.
+"""
 
 import dataclasses
 
@@ -74,7 +77,10 @@ def test_a_batch_split_in_parts_gives_the_update_of_the_whole_batch(
 
 
 def published_order(state: TrainState, x: Tensor, noise: Tensor, *, disc_weight: float) -> dict[str, Tensor]:
-    """Gradients by the published order of work: losses on the graph, weights by two autograd calls, two forwards."""
+    """Gradients by the published order of work.
+
+    Losses on the graph, weights by two autograd calls, two forwards.
+    """
     vae, critic, values = state.vae, state.critic, x[0, :, 0].numel()
     assert critic is not None
     frames = x.shape[2]

@@ -1,4 +1,7 @@
-"""The whole job in two minutes: train the tiny preset on the bundled clips and look at a clip it never saw."""
+"""The whole job in two minutes.
+
+Train the tiny preset on the bundled clips and look at a clip it never saw.
+"""
 
 import math
 import time
@@ -45,7 +48,10 @@ SETTINGS: dict[str, Any] = {  # Any: values of any flag
 
 @dataclass(frozen=True)
 class DemoResult:
-    """How it ended, and what to tell: exit status, PSNR in dB on the held-back clip, and a text of a few lines."""
+    """How it ended, and what to tell.
+
+    Exit status, PSNR in dB on the held-back clip, and a text of a few lines.
+    """
 
     status: int
     psnr_before: float | None
@@ -99,8 +105,10 @@ def _text(
     latent = vae.geometry.latent_shape(*clip.shape[1:])
     kept = clip.numel() / math.prod(latent)
     return f"""
-What happened: {settings.max_steps} steps of {settings.batch_size} clips taught the preset `{MODEL}` to squeeze
-{settings.video_num_frames} frames of {settings.resolution}x{settings.resolution} pixels into {kept:.0f} times fewer numbers and back.
+What happened: {settings.max_steps} steps of {settings.batch_size} clips taught the preset `{MODEL}` to
+squeeze
+{settings.video_num_frames} frames of {settings.resolution}x{settings.resolution} pixels into {kept:.0f}
+times fewer numbers and back.
 On a clip that it never saw (two towers at night, {clip.shape[1]} frames) the PSNR is
   {score[0]:.2f} dB before training, from the start that `{MODEL}` is given
   {score[1]:.2f} dB after it, in {seconds:.0f} s in all

@@ -1,11 +1,15 @@
-"""Arithmetic of shapes, without torch: what a clip becomes as a latent, and how a long one is cut in chunks."""
+"""Arithmetic of shapes, without torch.
+
+What a clip becomes as a latent, and how a long one is cut in chunks.
+"""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Downsample factors of a causal video VAE. One latent frame covers the first frame, each later one `temporal`.
+    """Downsample factors of a causal video VAE. One latent frame covers the first frame, each later one
+    `temporal`.
 
     temporal, spatial: downsample factors. channels: latent channels.
     """

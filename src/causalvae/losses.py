@@ -148,8 +148,8 @@ def judged(leaf: Tensor, critic: nn.Module) -> tuple[Tensor, Tensor]:
 def critic_backward(critic: nn.Module, clip: Tensor, recon: Tensor, *, kind: CriticLoss) -> Tensor:
     """The critic's loss on the whole batch, detached; its gradient is added to that of the critic's weights.
 
-    clip, recon: b 3 t h w in [-1, 1]. Real and reconstruction are judged one after the other, as published, so that
-    each has its own batch statistics; the graph of the first is gone before the second begins.
+    clip, recon: b 3 t h w in [-1, 1]. Real and reconstruction are judged one after the other, as published,
+    so that each has its own batch statistics; the graph of the first is gone before the second begins.
     """
     total = clip.new_zeros(())
     for x, real in ((clip, True), (recon, False)):
@@ -204,7 +204,10 @@ def generator_loss(logits_fake: Tensor) -> Tensor:
 
 
 def critic_loss(logits_real: Tensor, logits_fake: Tensor, *, kind: CriticLoss) -> Tensor:
-    """What the critic pays for mistakes: hinge with margin 1, or vanilla (cross entropy), mean over patches."""
+    """What the critic pays for mistakes.
+
+    Hinge with margin 1, or vanilla (cross entropy), mean over patches.
+    """
     return verdict_loss(logits_real, kind=kind, real=True) + verdict_loss(logits_fake, kind=kind, real=False)
 
 

@@ -1,7 +1,7 @@
 """The only place where numbers come from chance: functions of a key, with no generator state to save.
 
-A key names what the number is for, such as `key("noise", seed, cursor, sample, frame)`. The same key gives the same
-numbers in any process, in any order, with any number of workers.
+A key names what the number is for, such as `key("noise", seed, cursor, sample, frame)`. The same key gives
+the same numbers in any process, in any order, with any number of workers.
 """
 
 import hashlib
@@ -29,7 +29,8 @@ def below(base: int, n: int) -> int:
 
 
 def permuted(i: int, n: int, base: int) -> int:
-    """Where position i of a shuffled list of n goes, without the list: a Feistel network, walked until it is in range.
+    """Where position i of a shuffled list of n goes, without the list: a Feistel network, walked until it
+    is in range.
 
     For a fixed base this is a permutation of range(n).
     """

@@ -12,7 +12,10 @@ CRF = "16"  # x264 quality: differences from the frames are below what an eye se
 
 
 def write_video(path: Path, frames: Tensor, *, fps: float = 8.0) -> None:
-    """frames: uint8 t h w 3 -> H.264 in the container that the name asks for. Odd sizes lose their last row or column."""
+    """frames: uint8 t h w 3 -> H.264 in the container that the name asks for.
+
+    Odd sizes lose their last row or column.
+    """
     height, width = frames.shape[1] // 2 * 2, frames.shape[2] // 2 * 2
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))

@@ -233,7 +233,8 @@ class Feed:
         with_what = f"by {len(self._crew)} of them" if self._crew else "in the training process itself"
         self.finished.put(
             f"--dataloader_num_workers: a process can't be started ({reason}). Clips are read {with_what}; "
-            f"the data is the same. A script that starts training needs `if __name__ == '__main__':` around it"
+            f"the data is the same. A script that starts training needs `if __name__ == '__main__':` "
+            "around it"
         )
 
     def _hand_out(self) -> None:

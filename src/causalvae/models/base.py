@@ -1,4 +1,7 @@
-"""What every video VAE here is: the protocol that trainer, streams and evaluation rely on, and its posterior."""
+"""What every video VAE here is.
+
+The protocol that trainer, streams and evaluation rely on, and its posterior.
+"""
 
 from dataclasses import dataclass
 from typing import Protocol

@@ -45,8 +45,8 @@ def _fill(parameter: Tensor, name: str, base: int) -> None:
 def _calm(module: nn.Module, *, branch: float) -> None:
     """Residual branches start at zero, so that the network starts as its linear path.
 
-    branch: scale of what the last convolution of a branch sees. The optimiser moves all of its weights by as much at
-    once, so that with 1 the first steps spoil the linear path: a tenth was measured to keep it.
+    branch: scale of what the last convolution of a branch sees. The optimiser moves all of its weights by as
+    much at once, so that with 1 the first steps spoil the linear path: a tenth was measured to keep it.
     """
     if isinstance(module, ResnetBlock):
         module.norm2.weight.fill_(branch)

@@ -206,7 +206,10 @@ class CausalVAE(nn.Module):
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z), stream)
 
     def forward(self, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Posterior]:
-        """Reconstruction and posterior of x. noise: standard normal in the latent's shape; None takes the mode."""
+        """Reconstruction and posterior of x. noise: standard normal in the latent's shape.
+
+        None takes the mode.
+        """
         posterior = self.encode(x)
         z = posterior.mode() if noise is None else posterior.sample(noise)
         return self.decode(z), posterior

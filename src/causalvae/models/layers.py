@@ -146,7 +146,10 @@ class SpatialUpsample(nn.Module):
 
 
 class TimeDownsample(nn.Module):
-    """Half of the frames, t -> 1 + (t - 1) / 2: the mean of three frames, mixed with a convolution over them."""
+    """Half of the frames, t -> 1 + (t - 1) / 2.
+
+    The mean of three frames, mixed with a convolution over them.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -165,7 +168,8 @@ class TimeDownsample(nn.Module):
 class TimeUpsample(nn.Module):
     """Twice the frames, t -> 1 + 2 (t - 1): linear between frames after the first, mixed with a convolution.
 
-    It looks one frame ahead, so in a stream it withholds its last output until the next chunk or `stream.last`.
+    It looks one frame ahead, so in a stream it withholds its last output until the next chunk or
+    `stream.last`.
     """
 
     def __init__(self, channels: int) -> None:
@@ -225,7 +229,10 @@ class ShuffleDown(nn.Module):
 
 
 class ShuffleUp(nn.Module):
-    """A projection of each position, then depth to space (and time); the first of two first frames is dropped."""
+    """A projection of each position, then depth to space (and time).
+
+    The first of two first frames is dropped.
+    """
 
     def __init__(self, c_in: int, c_out: int, *, temporal: bool) -> None:
         super().__init__()

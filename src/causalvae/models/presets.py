@@ -15,8 +15,9 @@ class CausalVAEConfig:
 
     hidden_size: channels at level 0, times hidden_size_mult[i] at level i.
     spatial_levels, temporal_levels: the levels after which space and time are halved.
-    norm: what one statistic covers. `channel`: the channels of one position (streams and tiles exactly); `frame`:
-    a group of channels over one frame (streams); `clip`: over time too (neither), as the published models.
+    norm: what one statistic covers. `channel`: the channels of one position (streams and tiles exactly);
+    `frame`: a group of channels over one frame (streams); `clip`: over time too (neither), as the published
+    models.
     resampling: `conv` as the published models, or `shuffle`, space-to-depth with a linear path.
     stem: space-to-depth factor of the pixels before the first level, 1 for none.
     """

@@ -1,8 +1,10 @@
-"""Where the linear path of a `shuffle` model starts: at the best linear code of a simple picture of the world.
+"""Where the linear path of a `shuffle` model starts: at the best linear code of a simple picture of the
+world.
 
-The picture is a first-order Markov field: neighbouring pixels and frames correlate by a fixed factor, and so do colours.
-Its Karhunen-Loeve transform is built stage by stage, as the layers can hold it, and its inverse is put into the decoder.
-Training then starts from a blurred reconstruction and not from noise; no data is needed.
+The picture is a first-order Markov field: neighbouring pixels and frames correlate by a fixed factor, and so
+do colours. Its Karhunen-Loeve transform is built stage by stage, as the layers can hold it, and its inverse
+is put into the decoder. Training then starts from a blurred reconstruction and not from noise; no data is
+needed.
 """
 
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor
 from causalvae.models.causalvae import CausalVAE
 from causalvae.models.layers import Kernel, ShuffleDown, ShuffleUp
 
-# Correlation of neighbours along time, height and width: three different values, so that no two directions tie.
+# Correlation of neighbours along time, height and width: three different values, so that no two directions
+# tie.
 NEIGHBOURS = (0.98, 0.955, 0.96)
 COLOURS = ((1.0, 0.95, 0.88), (0.95, 1.0, 0.94), (0.88, 0.94, 1.0))  # between red, green and blue
 LOGVAR_START = -7.0  # the noise of the first samples is then 3 % of a latent's deviation
@@ -21,8 +24,8 @@ LOGVAR_START = -7.0  # the noise of the first samples is then 3 % of a latent's 
 def start_linear(vae: CausalVAE) -> None:
     """Set the linear path of a `shuffle` model, in place.
 
-    A code is the block of pixels that each channel weighs: c t h w 3, float64. Stages are orthonormal; latents have
-    unit variance for the picture.
+    A code is the block of pixels that each channel weighs: c t h w 3, float64. Stages are orthonormal;
+    latents have unit variance for the picture.
     """
     encoder, decoder, stem = vae.encoder, vae.decoder, vae.config.stem
     code = _spread(torch.eye(3, dtype=torch.float64).view(3, 1, 1, 1, 3), (1, stem, stem))
@@ -50,7 +53,10 @@ def start_linear(vae: CausalVAE) -> None:
 
 
 def _spread(code: Tensor, factor: Kernel) -> Tensor:
-    """The code after space_to_depth: c t h w 3 -> (p q r c) (p t) (q h) (r w) 3, zero outside each channel's part."""
+    """The code after space_to_depth.
+
+    c t h w 3 -> (p q r c) (p t) (q h) (r w) 3, zero outside each channel's part.
+    """
     c, t, h, w, _ = code.shape
     p, q, r = factor
     out = code.new_zeros(p, q, r, c, p, t, q, h, r, w, 3)

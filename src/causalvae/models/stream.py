@@ -1,7 +1,7 @@
 """The stream is an argument: what one pass over one clip remembers from chunk to chunk.
 
-A causal layer called with `stream=None` sees the whole clip. With a `Stream` it takes what it needs of the past from it
-and leaves what the next chunk needs, so that any plan of chunks gives what the whole clip gives.
+A causal layer called with `stream=None` sees the whole clip. With a `Stream` it takes what it needs of the
+past from it and leaves what the next chunk needs, so that any plan of chunks gives what the whole clip gives.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 class Stream:
-    """Frames that layers keep between chunks, keyed by module. `last` is true while the last chunk goes through."""
+    """Frames that layers keep between chunks, keyed by module.
+
+    `last` is true while the last chunk goes through.
+    """
 
     def __init__(self) -> None:
         self.last = False
@@ -35,7 +38,8 @@ class Stream:
 def causal_window(owner: nn.Module, x: Tensor, *, kernel: int, stride: int, stream: Stream | None) -> Tensor:
     """x with its past in front: b c t h w -> b c (past + t) h w.
 
-    The past of a first chunk is its first frame, kernel - 1 times. Leaves the frames that the next window starts with.
+    The past of a first chunk is its first frame, kernel - 1 times. Leaves the frames that the next window
+    starts with.
     """
     if kernel == 1 and stride == 1:
         return x
@@ -74,7 +78,10 @@ class EncodeStream:
 
     @torch.inference_mode()
     def close(self) -> "Posterior | None":
-        """The posterior of frames still waiting, the last one repeated to fill the latent frame; None if none wait."""
+        """The posterior of frames still waiting, the last one repeated to fill the latent frame.
+
+        None if none wait.
+        """
         self._refuse_if_closed()
         self._closed = True
         frames = sum(piece.shape[2] for piece in self._waiting)

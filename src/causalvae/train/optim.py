@@ -127,7 +127,8 @@ def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> 
 def restored(tensor: Tensor, param: nn.Parameter) -> Tensor | int:
     """One entry of a parameter's state as the optimiser keeps it: int64 without axes is a Python integer.
 
-    A tensor of the parameter's shape gets its memory layout too: fused kernels walk both in the order of memory.
+    A tensor of the parameter's shape gets its memory layout too: fused kernels walk both in the order of
+    memory.
     """
     if tensor.ndim == 0 and tensor.dtype == torch.int64:
         return int(tensor)

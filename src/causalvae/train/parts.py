@@ -39,7 +39,8 @@ def starting_point(
     """
     if settings.resume == "never" and not run.was_empty:
         raise RunError(
-            f"{run.path} is not empty and --resume never was given; choose another --exp_name, or leave --resume out "
+            f"{run.path} is not empty and --resume never was given; choose another --exp_name, or leave "
+            "--resume out "
             "to go on"
         )
     checkpoint = run.latest()
@@ -59,8 +60,10 @@ def _refuse_other_videos(facts: Path, source: ClipSource) -> None:
     saved = json.loads(facts.read_text())["dataset"]
     if saved["fingerprint"] != source.fingerprint:
         raise ConfigError(
-            f"--video_path {source.name}: not the videos that {facts.parent} was trained on: it had {saved['videos']}, "
-            f"now there are {len(source)}, or their sizes changed. Give those again, or start another run from this "
+            f"--video_path {source.name}: not the videos that {facts.parent} was trained on: it had "
+            f"{saved['videos']}, "
+            f"now there are {len(source)}, or their sizes changed. Give those again, or start another run "
+            "from this "
             "one: --exp_name NEW --resume RUN/checkpoints/step-N"
         )
 
@@ -68,7 +71,8 @@ def _refuse_other_videos(facts: Path, source: ClipSource) -> None:
 def _checkpoint_at(path: Path) -> Checkpoint:
     if not (path / "state.json").is_file():
         raise ConfigError(
-            f"--resume {path}: no checkpoint is there; name a folder such as RUN/checkpoints/step-00001000 that holds "
+            f"--resume {path}: no checkpoint is there; name a folder such as RUN/checkpoints/step-00001000 "
+            "that holds "
             "state.json"
         )
     reason = damage(path)
@@ -83,7 +87,8 @@ def _continue(settings: TrainSettings, config: Path) -> TrainSettings:
     if changed:
         listed = "; ".join(f"--{name}: {old} -> {new}" for name, old, new in changed)
         raise ConfigError(
-            f"{config.parent} was trained with other settings, and with these it would not be the same run: {listed}. "
+            f"{config.parent} was trained with other settings, and with these it would not be the same "
+            f"run: {listed}. "
             "Give the old values, or choose another --exp_name"
         )
     return continued(saved, settings)
@@ -92,6 +97,7 @@ def _continue(settings: TrainSettings, config: Path) -> TrainSettings:
 def build_state(
     settings: TrainSettings, device: torch.device, *, start: Checkpoint | None
 ) -> tuple[TrainState, Origin | None]:
+    """Networks, averages and optimisers, from the start or as the checkpoint has them; and whose weights."""
     config, tensors, origin = PRESETS[settings.model], None, None
     weights = start.path if start is not None else settings.load_from_checkpoint
     if weights is not None:
@@ -133,6 +139,7 @@ def _critic(settings: TrainSettings, device: torch.device) -> nn.Module | None:
 
 
 def clip_plan(settings: TrainSettings) -> ClipPlan:
+    """How clips are cut; the batch holds all that one update sees."""
     return ClipPlan(
         frames=settings.video_num_frames,
         size=(settings.resolution.height, settings.resolution.width),
@@ -146,6 +153,7 @@ def clip_plan(settings: TrainSettings) -> ClipPlan:
 
 
 def loss_plan(settings: TrainSettings) -> LossPlan:
+    """What the reconstruction pays for."""
     return LossPlan(kind=settings.loss_type, kl_weight=settings.kl_weight, disc_weight=settings.disc_weight)
 
 

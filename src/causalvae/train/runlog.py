@@ -1,4 +1,5 @@
-"""What a run says while it goes: a line per step in metrics.jsonl, the terminal, log.txt, TensorBoard if asked.
+"""What a run says while it goes: a line per step in metrics.jsonl, the terminal, log.txt, TensorBoard if
+asked.
 
 On a terminal a progress bar; elsewhere plain lines. Trouble with any of these never stops a training.
 """

@@ -1,4 +1,7 @@
-"""Pictures of a run: reconstructions of the same clips at every save, without touching the training's numbers."""
+"""Pictures of a run.
+
+Reconstructions of the same clips at every save, without touching the training's numbers.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +17,10 @@ from causalvae.video import crop_frames, pad_frames, to_model, to_uint8
 
 @torch.no_grad()
 def reconstruct(vae: CausalVAE, pixels: Tensor, *, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-    """uint8 3 t h w -> the reconstruction by the posterior's mode, uint8 3 t h w. weights: others than the model's."""
+    """uint8 3 t h w -> the reconstruction by the posterior's mode, uint8 3 t h w.
+
+    weights: parameters to use instead of the model's.
+    """
     parameters = dict(vae.named_parameters()) | dict(weights or {})
     x = to_model(pixels[None].to(vae.last_layer.get_parameter("weight").device))
     recon, _ = functional_call(vae, parameters, (pad_frames(x, vae.geometry), None))

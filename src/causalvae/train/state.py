@@ -1,4 +1,4 @@
-"""What a training consists of between two steps, and how it is written into a checkpoint's folder and read back."""
+"""What a training consists of between two steps, and how a checkpoint keeps it and gives it back."""
 
 import json
 from collections.abc import Mapping
@@ -18,7 +18,10 @@ from causalvae.weights.read import CONFIG_KEY, MODEL_KEY, read_tensors
 
 
 def ema_decay_at(updates: int, limit: float) -> float:
-    """Decay of the average after this many updates: rises to its limit, so that short runs have a useful average."""
+    """Decay of the average after this many updates.
+
+    Rises to its limit, so that short runs have a useful average.
+    """
     return min(limit, (1 + updates) / (10 + updates))
 
 
@@ -26,7 +29,8 @@ def ema_decay_at(updates: int, limit: float) -> float:
 class TrainState:
     """Networks, averages, optimisers and the two counters. `step` counts updates, `cursor` batches drawn.
 
-    ema: averaged parameters by name, fp32; empty if there is no average. logvar: log variance of the pixel loss, 0-d.
+    ema: averaged parameters by name, fp32; empty if there is no average. logvar: log variance of the pixel
+    loss, 0-d.
     """
 
     vae: CausalVAE
@@ -97,7 +101,8 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) 
     for name, tensor in on_cpu.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise RunError(
-                f"{path.name}: {name} is not finite, so this state is not saved; the checkpoints before it are good. "
+                f"{path.name}: {name} is not finite, so this state is not saved; the checkpoints before it "
+                "are good. "
                 "Go on from the last one with a lower --start_learning_rate or --clip_grad True",
                 status=1,
             )

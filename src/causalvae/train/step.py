@@ -1,8 +1,8 @@
 """One training step: the reconstruction is the seam. One autoencoder forward serves generator and critic.
 
-The autoencoder makes the reconstruction, losses and critic answer with the gradient at it, and the autoencoder takes that
-gradient back. A batch split in parts is reconstructed part by part without a graph, answered whole, and run forward again
-with a graph, so that the update is that of the whole batch.
+The autoencoder makes the reconstruction, losses and critic answer with the gradient at it, and the
+autoencoder takes that gradient back. A batch split in parts is reconstructed part by part without a graph,
+answered whole, and run forward again with a graph, so that the update is that of the whole batch.
 """
 
 import math
@@ -36,7 +36,10 @@ class StepResult:
 
 @dataclass(frozen=True)
 class _Forward:
-    """A batch that went through the autoencoder, in parts: b 3 t h w, each with a graph to the last layer at least."""
+    """A batch that went through the autoencoder, in parts.
+
+    recons: b 3 t h w, each with a graph to the last layer at least.
+    """
 
     recons: list[Tensor]
     posteriors: list[Posterior]
@@ -53,9 +56,11 @@ def train_step(
     max_grad_norm: float | None = None,
     ema_decay: float = 0.0,
 ) -> StepResult:
-    """One update of the autoencoder, its average and the critic from one batch. The caller sets the learning rates.
+    """One update of the autoencoder, its average and the critic from one batch. The caller sets the
+    learning rates.
 
-    clip: b 3 t h w in [-1, 1], any t >= 1. noise: standard normal in the shape of the latent of the padded clip.
+    clip: b 3 t h w in [-1, 1], any t >= 1. noise: standard normal in the shape of the latent of the padded
+    clip.
     critic_loss: None leaves the critic out, as before disc_start.
     parts: the batch goes through the autoencoder in this many pieces, one after the other.
     Raises step and cursor of the state as the result asks for.
@@ -97,7 +102,7 @@ def _forward(
 
 @contextmanager
 def _only_last_layer_learning(vae: CausalVAE) -> Iterator[None]:
-    """The graph starts at the last layer, so that only its input is kept and its weight's gradient can still be asked."""
+    """The graph starts at the last layer: only its input is kept, and its weight's gradient can be asked."""
     learning = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)

@@ -68,7 +68,8 @@ class _Training:
 def train(
     settings: TrainSettings, *, given: Mapping[str, Given] | None = None, command: Sequence[str] = ()
 ) -> RunResult:
-    """Train until max_steps, or go on where the run stopped. Returns when it is done or a signal asked to stop.
+    """Train until max_steps, or go on where the run stopped. Returns when it is done or a signal asked to
+    stop.
 
     given: what was not a default and where it came from, for config.yaml. command: as typed, for run.json.
     Raises ConfigError for a mistake in what was asked, RunError if the run can't start or can't go on.
@@ -150,7 +151,8 @@ def _explained(error: RuntimeError, training: _Training) -> Exception:
     if not any(words in str(error) for words in OUT_OF_MEMORY):
         return error
     return RunError(
-        f"step {training.state.step + 1}: there is not enough memory for a step of this size; lower --batch_size, "
+        f"step {training.state.step + 1}: there is not enough memory for a step of this size; lower "
+        "--batch_size, "
         "--resolution or --video_num_frames. The last checkpoint is intact",
         status=1,
     )
@@ -219,7 +221,8 @@ def _report(training: _Training, result: StepResult, *, rate: float, names: list
         numbers = {name: value for name, value in numbers.items() if name in ("cursor", "learning_rate")}
         numbers["skipped"] = training.skipped
         training.log.warn(
-            f"step {training.state.step}: loss or gradients not finite, nothing updated; clips: {', '.join(names)}"
+            f"step {training.state.step}: loss or gradients not finite, nothing updated; clips: "
+            f"{', '.join(names)}"
         )
     training.log.step(
         training.state.step,
@@ -230,7 +233,8 @@ def _report(training: _Training, result: StepResult, *, rate: float, names: list
     )
     if training.skipped >= MAX_SKIPPED:
         raise RunError(
-            f"{MAX_SKIPPED} steps in a row were not finite, last with {', '.join(names)}. The checkpoints before are "
+            f"{MAX_SKIPPED} steps in a row were not finite, last with {', '.join(names)}. The checkpoints "
+            "before are "
             "good: start again with a lower --start_learning_rate or with --clip_grad True",
             status=1,
         )

@@ -26,13 +26,15 @@ class Origin:
 
 
 def find_weights(path: Path) -> Path:
-    """The file of weights that a run, a checkpoint or a file stands for; averaged weights where there are both.
+    """The file of weights that a run, a checkpoint or a file stands for; averaged weights where there are
+    both.
 
     ConfigError if nothing is there, with the way to make a first checkpoint.
     """
     if not path.exists():
         raise ConfigError(
-            f"--load_from_checkpoint {path}: there is no such file. Leave the flag out to start from seeded random "
+            f"--load_from_checkpoint {path}: there is no such file. Leave the flag out to start from "
+            "seeded random "
             "weights, or name a run, a checkpoint folder or a .safetensors file of this tool"
         )
     if path.is_file():
@@ -46,14 +48,18 @@ def find_weights(path: Path) -> Path:
 
 
 def read_model(path: Path) -> tuple[CausalVAEConfig, dict[str, Tensor], Origin]:
-    """Config, tensors and origin of a file of this tool's weights. Other people's formats are not read yet."""
+    """Config, tensors and origin of a file of this tool's weights.
+
+    Other people's formats are not read yet.
+    """
     file = find_weights(path)
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         is_safetensors = stream.read(1) == b"{"
     if not is_safetensors or size > MAX_HEADER_BYTES:
         raise WeightsError(
-            f"--load_from_checkpoint {file}: only safetensors files written by this tool can be read; torch, MindSpore "
+            f"--load_from_checkpoint {file}: only safetensors files written by this tool can be read; "
+            "torch, MindSpore "
             "and diffusers checkpoints are not available yet"
         )
     try:
@@ -63,7 +69,8 @@ def read_model(path: Path) -> tuple[CausalVAEConfig, dict[str, Tensor], Origin]:
         raise WeightsError(f"--load_from_checkpoint {file}: not a whole safetensors file: {error}") from error
     if CONFIG_KEY not in metadata:
         raise WeightsError(
-            f"--load_from_checkpoint {file}: the file does not say whose model it is; weights of other systems are not "
+            f"--load_from_checkpoint {file}: the file does not say whose model it is; weights of other "
+            "systems are not "
             "available yet"
         )
     return config_of(metadata, file), read_tensors(file), Origin(file, sha256_of(file), file.stem)
