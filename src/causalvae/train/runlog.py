@@ -111,7 +111,7 @@ class RunLog:
     def _advance(self, step: int, measured: Mapping[str, float] | None) -> None:
         line = None if measured is None else _line(measured)
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=step, **({"description": line} if line else {}))
+            self._bar.update(self._task, completed=step, description=line or None)
             if line:
                 self._file.info(f"step {step}/{self.max_steps}  {line}")
         elif line:
