@@ -64,8 +64,8 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """b c t h w -> the same shape."""
         if self.kind == "channel":
-            scale = torch.rsqrt(x.square().mean(dim=1, keepdim=True) + NORM_EPS)
-            return x * scale * self.weight.view(1, -1, 1, 1, 1)
+            positions = x.movedim(1, -1)  # b t h w c
+            return F.rms_norm(positions, self.weight.shape, self.weight, NORM_EPS).movedim(-1, 1)
         if self.kind == "clip":
             return F.group_norm(x, GROUPS, self.weight, self.bias, NORM_EPS)
         frames = x.transpose(1, 2).flatten(0, 1)  # b c t h w -> (b t) c h w
