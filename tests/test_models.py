@@ -106,7 +106,7 @@ def test_streaming_any_chunk_plan_equals_the_full_pass(
     torch.testing.assert_close(streamed, whole, rtol=0, atol=1e-10)
 
     z = clip(frames=sum(latent_plan), size=(2, 2))
-    z = z.repeat(1, 3, 1, 1, 1)[:, : vae.geometry.channels]
+    z = z.repeat(1, 6, 1, 1, 1)[:, : vae.geometry.channels]
     with torch.no_grad():
         decoded = vae.decode(z)
     down = DecodeStream(vae)

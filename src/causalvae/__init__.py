@@ -4,13 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from causalvae.config import TrainSettings
     from causalvae.models.base import VideoVAE
     from causalvae.train.trainer import train
 
 __version__ = "0.1.0"
-__all__ = ["VideoVAE", "__version__", "train"]
+__all__ = ["TrainSettings", "VideoVAE", "__version__", "train"]
 
-_HOMES = {"train": "causalvae.train.trainer", "VideoVAE": "causalvae.models.base"}
+_HOMES = {
+    "TrainSettings": "causalvae.config",
+    "VideoVAE": "causalvae.models.base",
+    "train": "causalvae.train.trainer",
+}
 
 
 def __getattr__(name: str) -> Any:  # Any: each public name has a type of its own

@@ -89,7 +89,7 @@ def _dispatch(command: str, argv: Sequence[str]) -> int:
 def _wait_without_spinning() -> None:
     """Before torch is imported: its threads sleep while they wait for each other.
 
-    They spin by default, and where another process wants a core as well a step takes up to four times as long.
+    They spin by default, and where another process wants a core too, a step takes up to four times as long.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

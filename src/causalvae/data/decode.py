@@ -257,16 +257,20 @@ def _decoded(
 ) -> Iterator[tuple[VideoFrame, int | None]]:
     """Frames in display order with their label: the position of their packet, or their presentation time."""
     first_key: int | None = None
+    leading = False  # before the first packet that is shown after the first keyframe
     for packet in container.demux(stream):
-        if first_key is None and packet.is_keyframe:
-            first_key = packet.pts
+        if first_key is None and packet.is_keyframe and packet.pts is not None:
+            first_key, leading = packet.pts, True
+        elif first_key is not None and packet.pts is not None and packet.pts > first_key:
+            leading = False
         if by_position and packet.size:
             packet.opaque = packet.pos
         try:
             frames = stream.codec_context.decode(packet)
         except av.error.InvalidDataError:
             # After a seek or a cut, frames shown before the first keyframe may lack what they refer to.
-            if first_key is None or packet.pts is None or packet.pts >= first_key:
+            earlier = leading if packet.pts is None else first_key is not None and packet.pts < first_key
+            if not earlier:
                 raise
             continue
         for frame in frames:
@@ -302,8 +306,8 @@ def _index_by_packets(name: str, stamp: tuple[int, int, int]) -> FrameIndex | No
         timed = bool(TIMED_FORMATS & set(container.format.name.split(",")))
         timed = timed or (container.format.name == "avi" and not stream.codec_context.has_b_frames)
         closed = stream.codec_context.name in CLOSED_CODECS or all(is_key for _, _, is_key in packets)
-    if len(packets) == 1:
-        return _bare_index(stamp, 1)
+    if len(packets) <= 1:
+        return _bare_index(stamp, len(packets))
     times = sorted(pts for pts, _, _ in packets if pts is not None)
     ordered = len(times) == len(packets) == len(set(times)) and packets[0][2] and packets[0][0] == times[0]
     if not (timed and ordered):

@@ -232,9 +232,8 @@ class Feed:
         self._wanted_workers = len(self._crew)
         with_what = f"by {len(self._crew)} of them" if self._crew else "in the training process itself"
         self.finished.put(
-            f"--dataloader_num_workers: a process can't be started ({reason}). Clips are read {with_what}; "
-            f"the data is the same. A script that starts training needs `if __name__ == '__main__':` "
-            "around it"
+            f"--dataloader_num_workers: a process can't be started ({reason}). Clips are read {with_what}, "
+            f"and they are the same. A script that trains needs `if __name__ == '__main__':` around the call"
         )
 
     def _hand_out(self) -> None:

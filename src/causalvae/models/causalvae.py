@@ -79,7 +79,7 @@ class Encoder(nn.Module):
         flat = config.resampling == "conv"
         c_pixels = 3 * config.stem**2
         self.conv_in = (
-            FrameConv(c_pixels, widths[0], 3, padding=1) if flat else CausalConv3d(c_pixels, widths[0])
+            FrameConv(c_pixels, widths[0], kernel=3, padding=1) if flat else CausalConv3d(c_pixels, widths[0])
         )
         self.down = nn.ModuleList()
         c = widths[0]

@@ -34,14 +34,19 @@ class CausalConv3d(nn.Module):
         return self.conv(causal_window(self, x, kernel=kernel, stride=stride, stream=stream))
 
 
-class FrameConv(nn.Conv2d):
+class FrameConv(nn.Module):
     """Convolution of each frame by itself, with the parameters of a Conv2d."""
 
-    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:  # noqa: ARG002  every convolution takes it
+    def __init__(self, c_in: int, c_out: int, *, kernel: int, stride: int = 1, padding: int = 0) -> None:
+        super().__init__()
+        self.stride, self.padding = stride, padding
+        self.weight = nn.Parameter(torch.empty(c_out, c_in, kernel, kernel))
+        self.bias = nn.Parameter(torch.empty(c_out))
+
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:  # noqa: ARG002  as every convolution
         """b c t h w -> b c' t h' w'."""
-        weight = self.weight.unsqueeze(2)
-        stride, padding = (1, *self.stride), (0, *self.padding)  # pyright: ignore[reportGeneralTypeIssues]
-        return F.conv3d(x, weight, self.bias, stride, padding)
+        stride, padding = (1, self.stride, self.stride), (0, self.padding, self.padding)
+        return F.conv3d(x, self.weight.unsqueeze(2), self.bias, stride, padding)
 
 
 class Norm(nn.Module):
@@ -59,8 +64,8 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """b c t h w -> the same shape."""
         if self.kind == "channel":
-            scale = torch.rsqrt(x.square().mean(dim=1, keepdim=True) + NORM_EPS)
-            return x * scale * self.weight.view(1, -1, 1, 1, 1)
+            positions = x.movedim(1, -1)  # b t h w c
+            return F.rms_norm(positions, self.weight.shape, self.weight, NORM_EPS).movedim(-1, 1)
         if self.kind == "clip":
             return F.group_norm(x, GROUPS, self.weight, self.bias, NORM_EPS)
         frames = x.transpose(1, 2).flatten(0, 1)  # b c t h w -> (b t) c h w
@@ -70,12 +75,12 @@ class Norm(nn.Module):
 
 def conv3x3(c_in: int, c_out: int, *, flat: bool) -> nn.Module:
     """A 3x3 convolution of each frame, or its causal 3x3x3 relative."""
-    return FrameConv(c_in, c_out, 3, padding=1) if flat else CausalConv3d(c_in, c_out)
+    return FrameConv(c_in, c_out, kernel=3, padding=1) if flat else CausalConv3d(c_in, c_out)
 
 
 def pointwise(c_in: int, c_out: int, *, flat: bool) -> nn.Module:
     """A convolution of each position by itself."""
-    return FrameConv(c_in, c_out, 1) if flat else CausalConv3d(c_in, c_out, kernel=(1, 1, 1))
+    return FrameConv(c_in, c_out, kernel=1) if flat else CausalConv3d(c_in, c_out, kernel=(1, 1, 1))
 
 
 class ResnetBlock(nn.Module):
@@ -126,7 +131,7 @@ class FrameDownsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = FrameConv(channels, channels, 3, stride=2)
+        self.conv = FrameConv(channels, channels, kernel=3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """b c t h w -> b c t h/2 w/2."""
