@@ -28,7 +28,17 @@ from causalvae.models.presets import PRESETS
 from causalvae.rundir import Checkpoint, RunDir, damage
 from causalvae.train.optim import build_optimizer
 from causalvae.train.state import TrainState, read_counters
-from causalvae.weights.read import Origin, read_model
+from causalvae.weights.read import Origin, find_weights, read_header, read_model
+
+
+def check_start(settings: TrainSettings, path: Path) -> None:
+    """Look at what a new run in `path` would start from, so that a mistake there leaves no folder behind."""
+    if (path / "checkpoints").exists():
+        return
+    if settings.resume not in ("auto", "never"):
+        _checkpoint_at(Path(settings.resume))
+    elif settings.load_from_checkpoint is not None:
+        read_header(find_weights(Path(settings.load_from_checkpoint)))
 
 
 def starting_point(
