@@ -23,7 +23,7 @@ CONV = CausalVAEConfig(hidden_size=32, hidden_size_mult=(1, 1, 1, 1), num_res_bl
 LOSS = LossPlan(kl_weight=1e-3)
 
 
-def state_of(config: CausalVAEConfig, *, critic: bool = True, norm: str = "batch") -> TrainState:
+def state_of(config: CausalVAEConfig, *, critic: bool = True, norm: CriticNorm = "batch") -> TrainState:
     """A training in float64 with moved weights, so that every branch has a gradient."""
     vae = build(config, seed=2).double()
     with torch.no_grad():
@@ -64,11 +64,14 @@ def test_a_batch_split_in_parts_gives_the_update_of_the_whole_batch(
 ) -> None:
     whole, split = state_of(config), state_of(config)
     x, noise = batch(whole, clips=parts)
+    one = other = None
     for _ in range(2):
         one = train_step(whole, x, noise, loss=LOSS, critic_loss="hinge", max_grad_norm=1.0, ema_decay=0.9)
         other = train_step(
             split, x, noise, loss=LOSS, critic_loss="hinge", parts=parts, max_grad_norm=1.0, ema_decay=0.9
         )
+    assert one is not None
+    assert other is not None
     assert one.terms.numbers() == pytest.approx(other.terms.numbers(), rel=1e-9)
     assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-9)
     # AdamW divides by the root of a second moment, which lifts rounding of tiny gradients: 1e-8 was measured
@@ -95,12 +98,14 @@ def published_order(state: TrainState, x: Tensor, noise: Tensor, *, disc_weight:
     kl = kl_loss(posterior.kl(), values_per_frame=values, num_clips=len(x))
     (nll + LOSS.kl_weight * kl + weight.detach() * g).backward()
     grads = {f"vae.{name}": p.grad.clone() for name, p in vae.named_parameters() if p.grad is not None}
+    assert state.logvar.grad is not None
     grads["logvar"] = state.logvar.grad.clone()
     critic.zero_grad()
     with torch.no_grad():
         again, _ = vae(pad_frames(x, vae.geometry), noise)
     critic_loss(critic(x), critic(crop_frames(again, frames)), kind="hinge").backward()
-    return grads | {f"critic.{name}": p.grad.clone() for name, p in critic.named_parameters()}
+    judged = {f"critic.{n}": p.grad.clone() for n, p in critic.named_parameters() if p.grad is not None}
+    return grads | judged
 
 
 @pytest.mark.parametrize("config", [SHUFFLE, CONV], ids=["shuffle", "conv"])

@@ -220,6 +220,7 @@ def test_the_python_api_trains_from_a_script(tmp_path: Path) -> None:
         "    settings = causalvae.TrainSettings(\n"
         "        exp_name='run', output_dir='.', video_path='sample:', model='tiny', max_steps=1,\n"
         "        video_num_frames=5, dataloader_num_workers=1)\n"
+        "    first = causalvae.train(settings)\n"
         "    result = causalvae.train(settings)\n"
         "    print(result.status, result.step, result.path)\n"
     )

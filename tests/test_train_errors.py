@@ -66,7 +66,7 @@ MISTAKES: list[tuple[Callable[[Path], dict[str, object]], tuple[str, ...]]] = [
     (torn_checkpoint, ("--load_from_checkpoint", "torn.safetensors", "not a whole safetensors file")),
     (no_checkpoint_to_resume, ("--resume", "step-00000010", "no checkpoint is there")),
     (file_for_folder, ("results/run", "can't be written", "choose another --output_dir")),
-    (unknown_device, ("--device gpu", "cuda")),
+    (unknown_device, ("--device", "gpu", "auto, cpu, cuda")),
     (lambda _: {"exp_name": "../x"}, ("--exp_name ../x", "one name without /", "--output_dir")),
     (lambda _: {"resolution": 100}, ("--resolution", "multiples of 8", "96")),
     (lambda _: {"mode": 1}, ("--mode 1 is not available yet",)),

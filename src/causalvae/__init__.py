@@ -1,6 +1,8 @@
 """Causal video VAEs: train, evaluate, stream and exchange them. Names load when they are first used."""
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,3 +25,14 @@ def __getattr__(name: str) -> Any:  # Any: each public name has a type of its ow
     if home is None:
         raise AttributeError(f"module 'causalvae' has no attribute {name!r}")
     return getattr(import_module(home), name)
+
+
+class _Package(ModuleType):
+    """This package. `causalvae.train` stays the function, though importing the folder `train` sets that name."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in _HOMES or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
