@@ -23,11 +23,22 @@ from causalvae.flags import read_settings
 from causalvae.losses import LossPlan, build_critic
 from causalvae.machine import Machine, environment, torch_facts
 from causalvae.models.build import build
+from causalvae.models.causalvae import CausalVAE
 from causalvae.models.presets import PRESETS
 from causalvae.rundir import Checkpoint, RunDir, damage
 from causalvae.train.optim import build_optimizer
 from causalvae.train.state import TrainState, read_counters
-from causalvae.weights.read import Origin, read_model
+from causalvae.weights.read import Origin, find_weights, read_header, read_model
+
+
+def check_start(settings: TrainSettings, path: Path) -> None:
+    """Look at what a new run in `path` would start from, so that a mistake there leaves no folder behind."""
+    if (path / "checkpoints").exists():
+        return
+    if settings.resume not in ("auto", "never"):
+        _checkpoint_at(Path(settings.resume))
+    elif settings.load_from_checkpoint is not None:
+        read_header(find_weights(Path(settings.load_from_checkpoint)))
 
 
 def starting_point(
@@ -105,7 +116,7 @@ def build_state(
     vae = build(config, seed=settings.seed)
     if tensors is not None and start is None:
         vae.load_state_dict(tensors, strict=True)
-    vae = vae.to(device=device, memory_format=torch.channels_last_3d)
+    vae = channels_last(vae.to(device))
     ema = {name: p.detach().clone() for name, p in vae.named_parameters()} if settings.use_ema else {}
     critic = _critic(settings, device)
     logvar = nn.Parameter(
@@ -129,6 +140,17 @@ def build_state(
     if start is not None:
         state.load(start.path)
     return state, origin
+
+
+def channels_last(module: CausalVAE) -> CausalVAE:
+    """The same module with the weights of its 3D convolutions laid out as their kernels are fastest.
+
+    By hand: Module.to(memory_format=...) refuses a module that has 2D convolutions as well.
+    """
+    for parameter in module.parameters():
+        if parameter.ndim == 5:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
+    return module
 
 
 def _critic(settings: TrainSettings, device: torch.device) -> nn.Module | None:

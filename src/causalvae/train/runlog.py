@@ -19,6 +19,19 @@ from rich.text import Text
 from causalvae.errors import ConfigError
 from causalvae.rundir import RunDir
 
+SHOWN = (  # the numbers that a person watches, by name
+    ("total", "loss {:.4f}"),
+    ("pixel", "pixel {:.4f}"),
+    ("critic", "critic {:.3f}"),
+    ("learning_rate", "lr {:.2e}"),
+    ("grad_norm", "grad {:.2f}"),
+    ("clips_per_second", "{:.2f} clips/s"),
+    ("data_wait", "wait {:.1%}"),
+)
+BESIDE_BAR = tuple(
+    each for each in SHOWN if each[0] in ("total", "clips_per_second", "data_wait")
+)  # in 80 columns
+
 
 class ScalarWriter(Protocol):
     """The part of TensorBoard's writer that is used."""
@@ -109,9 +122,10 @@ class RunLog:
         self._since, self._clips, self._wait = time.monotonic(), 0, 0.0
 
     def _advance(self, step: int, measured: Mapping[str, float] | None) -> None:
-        line = None if measured is None else _line(measured)
+        line = None if measured is None else _line(measured, SHOWN)
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=step, **({"description": line} if line else {}))
+            brief = None if measured is None else _line(measured, BESIDE_BAR)
+            self._bar.update(self._task, completed=step, description=brief or None)
             if line:
                 self._file.info(f"step {step}/{self.max_steps}  {line}")
         elif line:
@@ -162,15 +176,6 @@ def _print_plain(message: str) -> None:
         sys.stdout = open("/dev/null", "w")  # noqa: SIM115  for the rest of the process
 
 
-def _line(measured: Mapping[str, float]) -> str:
-    """The numbers that a person watches, in the order of importance."""
-    shown: Sequence[tuple[str, str]] = (
-        ("total", "loss {:.4f}"),
-        ("pixel", "pixel {:.4f}"),
-        ("critic", "critic {:.3f}"),
-        ("learning_rate", "lr {:.2e}"),
-        ("grad_norm", "grad {:.2f}"),
-        ("clips_per_second", "{:.2f} clips/s"),
-        ("data_wait", "wait {:.1%}"),
-    )
+def _line(measured: Mapping[str, float], shown: Sequence[tuple[str, str]]) -> str:
+    """Those of the numbers that are shown, if they were measured."""
     return "  ".join(form.format(measured[name]) for name, form in shown if name in measured)

@@ -53,7 +53,8 @@ class TrainState:
         if not self.ema:
             return
         weights = [parameter.detach() for parameter in self.vae.parameters()]
-        torch._foreach_lerp_(list(self.ema.values()), weights, 1.0 - ema_decay_at(self.step, limit))
+        share = 1.0 - ema_decay_at(self.step, limit)
+        torch._foreach_lerp_(list(self.ema.values()), weights, share)  # pyright: ignore[reportPrivateImportUsage]: one call for all
 
     def save(self, folder: Path) -> None:
         """Write weights, averages, optimisers and counters. Refuses what is not finite."""

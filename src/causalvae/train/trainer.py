@@ -27,7 +27,7 @@ from causalvae.losses import LossPlan
 from causalvae.machine import pick_device
 from causalvae.rundir import RunDir, run_path
 from causalvae.train.optim import learning_rate, set_learning_rate
-from causalvae.train.parts import build_state, clip_plan, loss_plan, run_facts, starting_point
+from causalvae.train.parts import build_state, check_start, clip_plan, loss_plan, run_facts, starting_point
 from causalvae.train.runlog import RunLog
 from causalvae.train.samples import write_samples
 from causalvae.train.signals import StopRequest, stop_on_signal
@@ -77,6 +77,7 @@ def train(
     warnings = notices(settings, given)
     device = torch.device(pick_device(settings.device))
     source = open_source(settings.video_path)
+    check_start(settings, run_path(settings.output_dir, settings.exp_name))
     with stop_on_signal() as stop, RunDir(run_path(settings.output_dir, settings.exp_name)) as run:
         settings, start = starting_point(run, settings, source=source)
         with RunLog(
@@ -246,7 +247,7 @@ def _save(training: _Training) -> None:
     try:
         _save_once(run, state)
     except RunError as error:
-        if error.status != 1 or not run.path.exists():
+        if error.__cause__ is None or not run.path.exists():  # not the disk's: it would fail again
             raise
         training.log.warn(f"{error}. Trying once more")
         _save_once(run, state)

@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -48,19 +49,20 @@ def find_weights(path: Path) -> Path:
 
 
 def read_model(path: Path) -> tuple[CausalVAEConfig, dict[str, Tensor], Origin]:
-    """Config, tensors and origin of a file of this tool's weights.
-
-    Other people's formats are not read yet.
-    """
+    """Config, tensors and origin of a run's, a checkpoint's or a file's weights."""
     file = find_weights(path)
+    return read_header(file), read_tensors(file), Origin(file, sha256_of(file), file.stem)
+
+
+def read_header(file: Path) -> CausalVAEConfig:
+    """Config of a file of this tool's weights. Other people's formats are not read yet."""
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         is_safetensors = stream.read(1) == b"{"
     if not is_safetensors or size > MAX_HEADER_BYTES:
         raise WeightsError(
             f"--load_from_checkpoint {file}: only safetensors files written by this tool can be read; "
-            "torch, MindSpore "
-            "and diffusers checkpoints are not available yet"
+            "torch, MindSpore and diffusers checkpoints are not available yet"
         )
     try:
         with safe_open(str(file), framework="pt") as opened:
@@ -70,18 +72,19 @@ def read_model(path: Path) -> tuple[CausalVAEConfig, dict[str, Tensor], Origin]:
     if CONFIG_KEY not in metadata:
         raise WeightsError(
             f"--load_from_checkpoint {file}: the file does not say whose model it is; weights of other "
-            "systems are not "
-            "available yet"
+            "systems are not available yet"
         )
-    return config_of(metadata, file), read_tensors(file), Origin(file, sha256_of(file), file.stem)
+    return config_of(metadata, file)
 
 
 def config_of(metadata: dict[str, str], file: Path) -> CausalVAEConfig:
     """The model's config from the header of a file."""
     known = {field.name for field in fields(CausalVAEConfig)}
     try:
-        values = json.loads(metadata[CONFIG_KEY])
-        taken = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+        values: dict[str, Any] = json.loads(metadata[CONFIG_KEY])  # Any: JSON
+        taken: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known
+        }
         return CausalVAEConfig(**taken)
     except (json.JSONDecodeError, AttributeError, TypeError) as error:
         raise WeightsError(f"{file}: the model's config in its header can't be read: {error}") from error
