@@ -42,11 +42,12 @@ FILMS: dict[str, dict[str, Any]] = {  # what a codec and a container can do to t
 }
 
 
-def assert_every_start_is_exact(path: Path, *, length: int = 3) -> None:
+def assert_every_start_is_exact(path: Path, *, length: int = 3, step: int = 1) -> None:
     truth = in_order(path)
     decoder = Decoder()
     assert decoder.num_frames(path) == len(truth)
-    for start in range(len(truth)):
+    assert torch.equal(decoder.read_frames(path, range(len(truth))), truth)
+    for start in range(0, len(truth), step):
         numbers = range(start, min(start + length, len(truth)))
         assert torch.equal(decoder.read_frames(path, numbers), truth[start : start + length]), start
 
@@ -54,7 +55,9 @@ def assert_every_start_is_exact(path: Path, *, length: int = 3) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", clips(), ids=lambda path: path.name)
 def test_every_start_of_a_real_film_equals_decoding_from_its_start(path: Path) -> None:
-    assert_every_start_is_exact(path, length=1 if path.stat().st_size > 1 << 20 else 3)
+    # 132 frames of 720p with one keyframe: every read goes the same way, from the start, and costs 0.2 s
+    step = 6 if path.name == "bigbuckbunny.mp4" else 1
+    assert_every_start_is_exact(path, length=1 if path.stat().st_size > 1 << 20 else 3, step=step)
 
 
 @pytest.mark.parametrize("name", FILMS)
