@@ -26,8 +26,8 @@ from causalvae.weights.read import read_tensors
 
 MODEL = "tiny"
 HELD_OUT_FRAMES = 65  # of the held-back clip, from its first
-# Chosen by measurement, see docs/benchmarks.md. The squared error, because PSNR is read from it; no critic, because
-# it would only have begun to help.
+# Chosen by measurement, see docs/benchmarks.md. The squared error, because PSNR is read from it; no critic,
+# because it would only have begun to help.
 SETTINGS: dict[str, Any] = {  # Any: values of any flag
     "exp_name": "demo",
     "video_path": "sample:",
@@ -107,11 +107,11 @@ def _text(
 ) -> str:
     latent = vae.geometry.latent_shape(*clip.shape[1:])
     kept = clip.numel() / math.prod(latent)
-    size, frames = settings.resolution, settings.video_num_frames
+    size, frames, steps = settings.resolution, settings.video_num_frames, settings.max_steps
     return f"""
-What happened: {settings.max_steps} steps of {settings.batch_size} clips taught the preset `{MODEL}` to squeeze clips of {frames} frames of
-{size}x{size} pixels into {kept:.0f} times fewer numbers, and back.
-On a clip that it never saw (two towers at night, {clip.shape[1]} frames) the PSNR is
+What happened: {steps} steps of {settings.batch_size} clips taught the preset `{MODEL}` to squeeze clips of
+{frames} frames of {size}x{size} pixels into {kept:.0f} times fewer numbers, and back.
+On a clip that it never saw (a tower at night, {clip.shape[1]} frames) the PSNR is
   {score[0]:.2f} dB before the training: `{MODEL}` starts as a linear code
   {score[1]:.2f} dB after it, in {seconds:.0f} s in all
 Look at
