@@ -32,7 +32,8 @@ KINDS = ["adamw", "adam", "sgd", "lion", *(["adamw8bit"] if HAS_8BIT else [])]
 
 def network() -> nn.Module:
     # Weights laid out as the trainer has them: a state restored in another layout goes on wrongly.
-    return build_critic("patchgan3d", base=1, ndf=8).to(memory_format=torch.channels_last_3d)
+    critic = build_critic("patchgan3d", base=1, ndf=8)
+    return critic.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]: not in the stubs
 
 
 def give_gradients(module: nn.Module, step: int) -> None:
