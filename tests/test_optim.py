@@ -25,6 +25,7 @@ from causalvae.train.optim import (
     optimizer_tensors,
     set_learning_rate,
 )
+from causalvae.train.parts import lay_out
 
 HAS_8BIT = importlib.util.find_spec("bitsandbytes") is not None
 KINDS = ["adamw", "adam", "sgd", "lion", *(["adamw8bit"] if HAS_8BIT else [])]
@@ -32,7 +33,9 @@ KINDS = ["adamw", "adam", "sgd", "lion", *(["adamw8bit"] if HAS_8BIT else [])]
 
 def network() -> nn.Module:
     # Weights laid out as the trainer has them: a state restored in another layout goes on wrongly.
-    return build_critic("patchgan3d", base=1, ndf=8).to(memory_format=torch.channels_last_3d)
+    critic = build_critic("patchgan3d", base=1, ndf=8)
+    lay_out(critic)
+    return critic
 
 
 def give_gradients(module: nn.Module, step: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from causalvae import rng
+from causalvae.critics.patchgan import CriticNorm
 from causalvae.losses import LossPlan, build_critic, critic_loss, generator_loss, kl_loss
 from causalvae.models.build import build
 from causalvae.models.presets import PRESETS, CausalVAEConfig

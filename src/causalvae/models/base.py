@@ -50,7 +50,11 @@ class VideoVAE(Protocol):
     geometry: Geometry
     streamable: bool
     why_not_streamable: str
-    last_layer: nn.Module
+
+    @property
+    def last_layer(self) -> nn.Module:
+        """The layer that makes the pixels, whose gradient balances the losses."""
+        ...
 
     def encode(self, x: Tensor, stream: Stream | None = None) -> Posterior:
         """x: b 3 t h w in [-1, 1], t = 1 + temporal * n."""
