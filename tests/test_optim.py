@@ -25,6 +25,7 @@ from causalvae.train.optim import (
     optimizer_tensors,
     set_learning_rate,
 )
+from causalvae.train.parts import lay_out
 
 HAS_8BIT = importlib.util.find_spec("bitsandbytes") is not None
 KINDS = ["adamw", "adam", "sgd", "lion", *(["adamw8bit"] if HAS_8BIT else [])]
@@ -33,7 +34,8 @@ KINDS = ["adamw", "adam", "sgd", "lion", *(["adamw8bit"] if HAS_8BIT else [])]
 def network() -> nn.Module:
     # Weights laid out as the trainer has them: a state restored in another layout goes on wrongly.
     critic = build_critic("patchgan3d", base=1, ndf=8)
-    return critic.to(memory_format=torch.channels_last_3d)  # pyright: ignore[reportCallIssue]: not in the stubs
+    lay_out(critic)
+    return critic
 
 
 def give_gradients(module: nn.Module, step: int) -> None:

@@ -23,7 +23,6 @@ from causalvae.flags import read_settings
 from causalvae.losses import LossPlan, build_critic
 from causalvae.machine import Machine, environment, torch_facts
 from causalvae.models.build import build
-from causalvae.models.causalvae import CausalVAE
 from causalvae.models.presets import PRESETS
 from causalvae.rundir import Checkpoint, RunDir, damage
 from causalvae.train.optim import build_optimizer
@@ -116,7 +115,8 @@ def build_state(
     vae = build(config, seed=settings.seed)
     if tensors is not None and start is None:
         vae.load_state_dict(tensors, strict=True)
-    vae = channels_last(vae.to(device))
+    vae = vae.to(device)
+    lay_out(vae)
     ema = {name: p.detach().clone() for name, p in vae.named_parameters()} if settings.use_ema else {}
     critic = _critic(settings, device)
     logvar = nn.Parameter(
@@ -142,15 +142,14 @@ def build_state(
     return state, origin
 
 
-def channels_last(module: CausalVAE) -> CausalVAE:
-    """The same module with the weights of its 3D convolutions laid out as their kernels are fastest.
+def lay_out(module: nn.Module) -> None:
+    """Lay out the weights of 3D convolutions with channels last, where their kernels are fastest.
 
     By hand: Module.to(memory_format=...) refuses a module that has 2D convolutions as well.
     """
     for parameter in module.parameters():
         if parameter.ndim == 5:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
-    return module
 
 
 def _critic(settings: TrainSettings, device: torch.device) -> nn.Module | None:
