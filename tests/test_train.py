@@ -44,6 +44,7 @@ def train(folder: Path, flags: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False, env=ENVIRONMENT)
 
 
+@pytest.mark.slow
 def test_the_seed_command_trains_and_its_config_gives_the_same_run_again(tmp_path: Path) -> None:
     flags = [word.strip('"') for word in SEED_COMMAND.split()]
     done = train(tmp_path, [*flags, "--model", "tiny"])
@@ -117,6 +118,7 @@ def quarantined(folder: Path) -> list[dict[str, Any]]:
     return sorted((json.loads(line) for line in lines), key=lambda record: str(record["video"]))
 
 
+@pytest.mark.slow
 def test_broken_videos_are_set_down_once_and_change_nothing_with_workers_or_a_resume(tmp_path: Path) -> None:
     videos = tmp_path / "my videos"
     broken = broken_clips(videos)
