@@ -1,5 +1,6 @@
 """The same clips from any cursor, with any workers, whatever breaks; and every broken film recorded once."""
 
+import contextlib
 import multiprocessing
 import os
 import resource
@@ -269,10 +270,10 @@ def test_a_film_that_kills_its_readers_is_given_up_after_two(films: Path, tmp_pa
     killing = threading.Event()
 
     def kill_readers() -> None:
-        while not killing.wait(0.001):
-            for worker in workers():
-                if opens(worker, deadly):
-                    os.kill(worker, signal.SIGKILL)
+        while not killing.is_set():
+            for reader in readers(deadly):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(reader, signal.SIGKILL)
 
     thread = threading.Thread(target=kill_readers)
     thread.start()
@@ -286,14 +287,17 @@ def test_a_film_that_kills_its_readers_is_given_up_after_two(films: Path, tmp_pa
     assert not any(request.video.id == "deadly.avi" for clips in batches for request in clips.requests)
 
 
-def opens(process: int, path: Path) -> bool:
-    """Whether a process has this file open."""
-    try:
-        return any(
-            os.path.samefile(f"/proc/{process}/fd/{fd}", path) for fd in os.listdir(f"/proc/{process}/fd")
-        )
-    except OSError:
-        return False
+def readers(path: Path) -> list[int]:
+    """Other processes that have this file open."""
+    found = []
+    for process in [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]:
+        try:
+            files = [os.readlink(f"/proc/{process}/fd/{fd}") for fd in os.listdir(f"/proc/{process}/fd")]
+        except OSError:
+            continue  # it has ended, or closed one meanwhile
+        if str(path) in files:
+            found.append(process)
+    return found
 
 
 def test_the_wait_is_that_since_it_was_last_asked(films: Path) -> None:

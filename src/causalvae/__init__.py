@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:  # Any: each public name has a type of its ow
 
 
 class _Package(ModuleType):
-    """This package. `train` stays the function, though importing the folder of that name would set it."""
+    """This package. `causalvae.train` stays the function, though importing the folder sets that name."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if name not in _HOMES or not isinstance(value, ModuleType):

@@ -53,7 +53,7 @@ class VideoVAE(Protocol):
 
     @property
     def last_layer(self) -> nn.Module:
-        """The layer that makes the pixels, whose gradient balances the losses."""
+        """The convolution that makes pixels; its weight measures the adaptive weight."""
         ...
 
     def encode(self, x: Tensor, stream: Stream | None = None) -> Posterior:

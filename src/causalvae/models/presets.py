@@ -1,6 +1,6 @@
 """Settings of models, without torch: what a network is made of, and the presets that have a name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from causalvae.geometry import Geometry
@@ -45,43 +45,24 @@ class CausalVAEConfig:
         return Geometry(temporal=2 ** len(self.temporal_levels), spatial=spatial, channels=self.z_channels)
 
 
+# Space-to-depth at every level, norms at each position: streams and tiles exactly.
+SWIFT = CausalVAEConfig(
+    hidden_size=96,
+    hidden_size_mult=(1, 2, 4),
+    num_res_blocks=3,
+    z_channels=16,
+    spatial_levels=(0, 1),
+    temporal_levels=(0, 1),
+    norm="channel",
+    resampling="shuffle",
+    stem=2,
+    attention=False,
+)
+
 PRESETS: dict[str, CausalVAEConfig] = {
     "causalvae-488": CausalVAEConfig(),
     "causalvae-488-16ch": CausalVAEConfig(z_channels=16),
-    "swift-488": CausalVAEConfig(
-        hidden_size=96,
-        hidden_size_mult=(1, 2, 4),
-        num_res_blocks=3,
-        z_channels=16,
-        spatial_levels=(0, 1),
-        temporal_levels=(0, 1),
-        norm="channel",
-        resampling="shuffle",
-        stem=2,
-        attention=False,
-    ),
-    "small": CausalVAEConfig(
-        hidden_size=48,
-        hidden_size_mult=(1, 2, 4),
-        num_res_blocks=2,
-        z_channels=16,
-        spatial_levels=(0, 1),
-        temporal_levels=(0, 1),
-        norm="channel",
-        resampling="shuffle",
-        stem=2,
-        attention=False,
-    ),
-    "tiny": CausalVAEConfig(
-        hidden_size=32,
-        hidden_size_mult=(1, 2, 4),
-        num_res_blocks=1,
-        z_channels=16,
-        spatial_levels=(0, 1),
-        temporal_levels=(0, 1),
-        norm="channel",
-        resampling="shuffle",
-        stem=2,
-        attention=False,
-    ),
+    "swift-488": SWIFT,
+    "small": replace(SWIFT, hidden_size=48, num_res_blocks=2),
+    "tiny": replace(SWIFT, hidden_size=32, num_res_blocks=1),
 }

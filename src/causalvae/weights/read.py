@@ -1,6 +1,5 @@
 """Files of weights, told apart by content: what a path holds, whose model it is, and its tensors."""
 
-import hashlib
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,10 +9,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from causalvae.errors import ConfigError, WeightsError
+from causalvae.files import sha256
 from causalvae.models.presets import CausalVAEConfig
 
 MAX_HEADER_BYTES = 16 * 2**20  # a larger safetensors header takes seconds and gigabytes to read
-HASH_BLOCK = 2**20
 CONFIG_KEY, MODEL_KEY = "causalvae.config", "causalvae.model"
 
 
@@ -51,7 +50,7 @@ def find_weights(path: Path) -> Path:
 def read_model(path: Path) -> tuple[CausalVAEConfig, dict[str, Tensor], Origin]:
     """Config, tensors and origin of a run's, a checkpoint's or a file's weights."""
     file = find_weights(path)
-    return read_header(file), read_tensors(file), Origin(file, sha256_of(file), file.stem)
+    return read_header(file), read_tensors(file), Origin(file, sha256(file), file.stem)
 
 
 def read_header(file: Path) -> CausalVAEConfig:
@@ -97,12 +96,3 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: not a whole safetensors file: {error}") from error
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
