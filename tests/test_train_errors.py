@@ -137,7 +137,7 @@ def test_a_full_disk_ends_the_run_which_goes_on_when_there_is_room(
     checkpoint = full / "run" / "checkpoints" / "step-00000002"
     saved = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
 
-    command = words(full, max_steps=6, **common)
+    command = words(full, max_steps=4, **common)
     failed = subprocess.run(
         command, capture_output=True, text=True, check=False, env=ENVIRONMENT, preexec_fn=small_files
     )
@@ -151,10 +151,10 @@ def test_a_full_disk_ends_the_run_which_goes_on_when_there_is_room(
     assert [each.name for each in checkpoint.parent.iterdir()] == [checkpoint.name]
     assert {file.name: file.read_bytes() for file in checkpoint.iterdir()} == saved
 
-    assert run(full, max_steps=6, **common).returncode == 0
-    assert run(straight, max_steps=6, **common).returncode == 0
-    assert_same_state(full, straight, step=6)
+    assert run(full, max_steps=4, **common).returncode == 0
+    assert run(straight, max_steps=4, **common).returncode == 0
+    assert_same_state(full, straight, step=4)
     assert metrics(full) == metrics(straight)
 
-    assert main("train", words(full, max_steps=8, **common, resume="never")[2:]) == 2
+    assert main("train", words(full, max_steps=6, **common, resume="never")[2:]) == 2
     assert "is not empty and --resume never was given" in capsys.readouterr().err
