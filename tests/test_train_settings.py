@@ -2,18 +2,22 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from runs import assert_same_state, tensors
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import causalvae
 from causalvae.data.encode import write_png
 from causalvae.flags import Resolution
+from causalvae.models.build import build
+from causalvae.models.presets import CausalVAEConfig
 from causalvae.rng import key, normal
+from causalvae.train.state import model_metadata
 from causalvae.train.trainer import RunResult
 from causalvae.video import to_uint8
 
@@ -51,11 +55,23 @@ OTHER_SETTINGS: list[dict[str, Any]] = [
         "crop": "center",
         "flip": False,
         "sample_rate": 3,
+        "short_videos": "repeat",
+        "video_num_frames": 6,
+        "resolution": Resolution(24, 40),
         "gradient_accumulation_steps": 2,
         "disc_norm": "none",
+        "logvar_init": -1.0,
     },
-    {"video_num_frames": 6, "resolution": Resolution(24, 40), "short_videos": "repeat", "logvar_init": -1.0},
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other are slow on busy machines."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def train(folder: Path, **changes: Any) -> RunResult:
@@ -78,6 +94,17 @@ def test_other_settings_train_and_go_on_as_if_never_stopped(tmp_path: Path, chan
     assert ("critic" in lines[-1]) == ("discriminator" in names)
     moved = tensors(once, 3)["optimizer/logvar"] != changes.get("logvar_init", 0.0)
     assert bool(moved) == changes.get("learn_logvar", False)
+
+
+def test_a_network_with_the_published_layers_trains_and_goes_on(tmp_path: Path) -> None:
+    config = CausalVAEConfig(hidden_size=32, hidden_size_mult=(1, 1, 1, 1), num_res_blocks=1)
+    vae = build(config)
+    save_file(vae.state_dict(), tmp_path / "start.safetensors", metadata=model_metadata(vae))
+    common = {"load_from_checkpoint": str(tmp_path / "start.safetensors"), "disc_type": "none"}
+    train(tmp_path / "once", **common, max_steps=3)
+    for steps in (2, 3):
+        train(tmp_path / "twice", **common, max_steps=steps)
+    assert_same_state(tmp_path / "once", tmp_path / "twice", step=3)
 
 
 def test_pictures_train_as_videos_of_one_frame(tmp_path: Path) -> None:
@@ -104,12 +131,12 @@ def test_two_batches_of_two_give_the_update_of_one_batch_of_four(tmp_path: Path)
 
 
 def test_a_run_starts_from_the_averaged_weights_of_a_run_a_checkpoint_or_a_file(tmp_path: Path) -> None:
-    first = train(tmp_path / "first", start_learning_rate=1e-3)
+    first = train(tmp_path / "first", start_learning_rate=1e-3, disc_type="none")
     checkpoint = first.path / "checkpoints" / "step-00000002"
     averaged, own = checkpoint / "ema.safetensors", checkpoint / "model.safetensors"
     assert any(not torch.equal(x, load_file(own)[name]) for name, x in load_file(averaged).items())
     cases = {"a_run": (first.path, averaged), "a_checkpoint": (checkpoint, averaged), "a_file": (own, own)}
-    still = {"start_learning_rate": 1e-30, "weight_decay": 0.0, "model": "small"}
+    still = {"start_learning_rate": 1e-30, "weight_decay": 0.0, "model": "small", "disc_type": "none"}
     for name, (given, expected) in cases.items():
         run = train(tmp_path / name, load_from_checkpoint=str(given), **still, max_steps=1)
         facts = json.loads((run.path / "run.json").read_text())

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from causalvae.errors import ConfigError
+from causalvae.errors import CausalVAEError, ConfigError
 from causalvae.rundir import RunDir
 
 SHOWN = (  # the numbers that a person watches, by name
@@ -69,6 +69,8 @@ class RunLog:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+        if isinstance(error, CausalVAEError):
+            self._file.info(f"error: {error}")  # the command shows it on the terminal
         if self._board is not None:
             self._board.close()
         self._file.close()
