@@ -3,10 +3,12 @@
 Reads TrainSettings together with `train.parts`; everything below takes plain arguments.
 """
 
+import os
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,8 +79,9 @@ def train(
     warnings = notices(settings, given)
     device = torch.device(pick_device(settings.device))
     source = open_source(settings.video_path)
-    check_start(settings, run_path(settings.output_dir, settings.exp_name))
-    with stop_on_signal() as stop, RunDir(run_path(settings.output_dir, settings.exp_name)) as run:
+    path = run_path(settings.output_dir, settings.exp_name)
+    check_start(settings, path)
+    with deterministic(), stop_on_signal() as stop, RunDir(path) as run:
         settings, start = starting_point(run, settings, source=source)
         with RunLog(
             run, max_steps=settings.max_steps, log_steps=settings.log_steps, tensorboard=settings.tensorboard
@@ -98,6 +101,24 @@ def train(
             else:
                 log.say(f"{run.path} is already at step {state.step}; raise --max_steps to go on")
     return RunResult(run.path, stop.status, state.step)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Kernels that give the same bits every time, so that a resumed run is the one never interrupted.
+
+    On a CPU this changes nothing. cuBLAS reads its variable when the first matrix product is made.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    options: Any = torch.utils.deterministic  # Any: its option is a property that the stubs lack
+    before = torch.are_deterministic_algorithms_enabled(), options.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    options.fill_uninitialized_memory = False  # a help for debugging that costs a pass over memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        options.fill_uninitialized_memory = before[1]
 
 
 def _run(
