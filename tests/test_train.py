@@ -223,10 +223,12 @@ def test_the_python_api_trains_from_a_script(tmp_path: Path) -> None:
     script = tmp_path / "my_training.py"
     script.write_text(
         "import causalvae\n"
+        "from causalvae.config import Resolution\n"
         "if __name__ == '__main__':\n"
         "    settings = causalvae.TrainSettings(\n"
         "        exp_name='run', output_dir='.', video_path='sample:', model='tiny', max_steps=1,\n"
-        "        video_num_frames=5, dataloader_num_workers=0)\n"
+        "        video_num_frames=5,\n"
+        "        resolution=Resolution(32, 48), dataloader_num_workers=0)\n"
         "    first = causalvae.train(settings)\n"
         "    result = causalvae.train(settings)\n"
         "    print(result.status, result.step, result.path)\n"
