@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from causalvae.losses import LossPlan, build_critic, critic_loss, generator_loss
 from causalvae.models.build import build
 from causalvae.models.presets import PRESETS
 from causalvae.train.optim import build_optimizer
+from causalvae.train.parts import lay_out
 from causalvae.train.state import TrainState
 from causalvae.train.step import train_step
 from causalvae.video import crop_frames, pad_frames
@@ -55,7 +57,8 @@ class Clock:
 
 def new_state(model: str, *, fused: bool) -> TrainState:
     """A training from the seeded start."""
-    vae = build(PRESETS[model]).to(memory_format=torch.channels_last_3d)
+    vae = build(PRESETS[model])
+    lay_out(vae)
     critic = build_critic("patchgan3d", base=1)
     if fused:
         optimizers = [
@@ -120,8 +123,7 @@ def phases_of_ours(state: TrainState, clip: Tensor, noise: Tensor) -> dict[str, 
     """Seconds of one step by phase, from the profiler's marks around the functions of train.step."""
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    import causalvae.train.step as module
-
+    module = import_module("causalvae.train.step")
     names = {
         "_forward": "forward",
         "_answer": "losses",
