@@ -23,8 +23,8 @@ from causalvae.flags import read_settings
 from causalvae.losses import LossPlan, build_critic
 from causalvae.machine import Machine, environment, torch_facts
 from causalvae.models.build import build
-from causalvae.models.presets import PRESETS
-from causalvae.rundir import Checkpoint, RunDir, damage
+from causalvae.models.presets import PRESETS, CausalVAEConfig
+from causalvae.rundir import MANIFEST, Checkpoint, RunDir, damage
 from causalvae.train.optim import build_optimizer
 from causalvae.train.state import TrainState, read_counters
 from causalvae.weights.read import Origin, find_weights, read_header, read_model
@@ -50,8 +50,7 @@ def starting_point(
     if settings.resume == "never" and not run.was_empty:
         raise RunError(
             f"{run.path} is not empty and --resume never was given; choose another --exp_name, or leave "
-            "--resume out "
-            "to go on"
+            "--resume out to go on"
         )
     checkpoint = run.latest()
     if checkpoint is None and settings.resume not in ("auto", "never"):
@@ -73,8 +72,7 @@ def _refuse_other_videos(facts: Path, source: ClipSource) -> None:
             f"--video_path {source.name}: not the videos that {facts.parent} was trained on: it had "
             f"{saved['videos']}, "
             f"now there are {len(source)}, or their sizes changed. Give those again, or start another run "
-            "from this "
-            "one: --exp_name NEW --resume RUN/checkpoints/step-N"
+            "from this one: --exp_name NEW --resume RUN/checkpoints/step-N"
         )
 
 
@@ -82,8 +80,7 @@ def _checkpoint_at(path: Path) -> Checkpoint:
     if not (path / "state.json").is_file():
         raise ConfigError(
             f"--resume {path}: no checkpoint is there; name a folder such as RUN/checkpoints/step-00001000 "
-            "that holds "
-            "state.json"
+            "that holds state.json"
         )
     reason = damage(path)
     if reason is not None:
@@ -98,8 +95,7 @@ def _continue(settings: TrainSettings, config: Path) -> TrainSettings:
         listed = "; ".join(f"--{name}: {old} -> {new}" for name, old, new in changed)
         raise ConfigError(
             f"{config.parent} was trained with other settings, and with these it would not be the same "
-            f"run: {listed}. "
-            "Give the old values, or choose another --exp_name"
+            f"run: {listed}. Give the old values, or choose another --exp_name"
         )
     return continued(saved, settings)
 
@@ -109,11 +105,12 @@ def build_state(
 ) -> tuple[TrainState, Origin | None]:
     """Networks, averages and optimisers, from the start or as the checkpoint has them; and whose weights."""
     config, tensors, origin = PRESETS[settings.model], None, None
-    weights = start.path if start is not None else settings.load_from_checkpoint
-    if weights is not None:
-        config, tensors, origin = read_model(Path(weights))
+    if start is not None:
+        config, origin = _model_of(start)
+    elif settings.load_from_checkpoint is not None:
+        config, tensors, origin = read_model(Path(settings.load_from_checkpoint))
     vae = build(config, seed=settings.seed)
-    if tensors is not None and start is None:
+    if tensors is not None:
         vae.load_state_dict(tensors, strict=True)
     vae = vae.to(device)
     lay_out(vae)
@@ -140,6 +137,13 @@ def build_state(
     if start is not None:
         state.load(start.path)
     return state, origin
+
+
+def _model_of(start: Checkpoint) -> tuple[CausalVAEConfig, Origin]:
+    """Config and origin of a checkpoint's weights by header and manifest; TrainState reads the tensors."""
+    file = find_weights(start.path)
+    manifest = json.loads((start.path / MANIFEST).read_text())
+    return read_header(file), Origin(file, manifest["files"][file.name]["sha256"], file.stem)
 
 
 def lay_out(module: nn.Module) -> None:

@@ -103,8 +103,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) 
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise RunError(
                 f"{path.name}: {name} is not finite, so this state is not saved; the checkpoints before it "
-                "are good. "
-                "Go on from the last one with a lower --start_learning_rate or --clip_grad True",
+                "are good. Go on from the last one with a lower --start_learning_rate or --clip_grad True",
                 status=1,
             )
     save_file(on_cpu, path, metadata=metadata)

@@ -174,8 +174,7 @@ def _explained(error: RuntimeError, training: _Training) -> Exception:
         return error
     return RunError(
         f"step {training.state.step + 1}: there is not enough memory for a step of this size; lower "
-        "--batch_size, "
-        "--resolution or --video_num_frames. The last checkpoint is intact",
+        "--batch_size, --resolution or --video_num_frames. The last checkpoint is intact",
         status=1,
     )
 
@@ -256,8 +255,7 @@ def _report(training: _Training, result: StepResult, *, rate: float, names: list
     if training.skipped >= MAX_SKIPPED:
         raise RunError(
             f"{MAX_SKIPPED} steps in a row were not finite, last with {', '.join(names)}. The checkpoints "
-            "before are "
-            "good: start again with a lower --start_learning_rate or with --clip_grad True",
+            "before are good: start again with a lower --start_learning_rate or with --clip_grad True",
             status=1,
         )
 

@@ -34,8 +34,7 @@ def find_weights(path: Path) -> Path:
     if not path.exists():
         raise ConfigError(
             f"--load_from_checkpoint {path}: there is no such file. Leave the flag out to start from "
-            "seeded random "
-            "weights, or name a run, a checkpoint folder or a .safetensors file of this tool"
+            "seeded random weights, or name a run, a checkpoint folder or a .safetensors file of this tool"
         )
     if path.is_file():
         return path
