@@ -23,7 +23,7 @@ flags  flagtext  config
 files  rundir  machine
 {TORCH_FROM_HERE}
 rng  video
-models.stream  models.layers  models.wavelet  models.base  models.causalvae  models.wfvae
+models.convolution  models.stream  models.layers  models.wavelet  models.base  models.causalvae  models.wfvae
 models.start  models.build
 critics.lpips  critics.patchgan  critics.i3d
 data.decode  data.sources  data.transforms  data.clips  data.workers  data.loader  data.encode  data.scan

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from causalvae.errors import ConfigError
+from causalvae.models.convolution import Conv
 from causalvae.rng import key, normal
 
 CriticNorm = Literal["batch", "group", "none"]
 
+SQUARE, CUBE = (4, 4), (3, 3, 3)  # kernels, as published
 SLOPE = 0.2  # of LeakyReLU, as published
 INITIAL_STD = 0.02  # of convolution weights, and of BatchNorm weights around 1, as published
 WIDEST = 8  # channels grow up to ndf * 8
@@ -33,17 +35,17 @@ class PatchGAN2d(nn.Module):
         widths = channel_widths(ndf, n_layers)
         strides = [2] * n_layers + [1]
         layers: list[nn.Module] = [
-            nn.Conv2d(3, ndf, 4, stride=2, padding=1),
+            Conv(3, ndf, kernel=SQUARE, stride=2, padding=1),
             nn.LeakyReLU(SLOPE, inplace=True),
         ]
         for i in range(1, len(widths)):
             bias = norm == "none"
             layers += [
-                nn.Conv2d(widths[i - 1], widths[i], 4, stride=strides[i], padding=1, bias=bias),
+                Conv(widths[i - 1], widths[i], kernel=SQUARE, stride=strides[i], padding=1, bias=bias),
                 nn.BatchNorm2d(widths[i]) if norm == "batch" else other_norm(widths[i], norm),
                 nn.LeakyReLU(SLOPE, inplace=True),
             ]
-        layers.append(nn.Conv2d(widths[-1], 1, 4, padding=1))
+        layers.append(Conv(widths[-1], 1, kernel=SQUARE, padding=1))
         self.main = nn.Sequential(*layers)
         self.smallest_side = 3 * 2**n_layers  # what the two last convolutions leave one position of
 
@@ -70,17 +72,17 @@ class PatchGAN3d(nn.Module):
         widths = channel_widths(ndf, n_layers)
         strides = [(2, 2, 2)] * 2 + [(1, 2, 2)] * (n_layers - 2) + [(1, 1, 1)]
         layers: list[nn.Module] = [
-            nn.Conv3d(3, ndf, 3, stride=2, padding=1),
+            Conv(3, ndf, kernel=CUBE, stride=2, padding=1),
             nn.LeakyReLU(SLOPE, inplace=True),
         ]
         for i in range(1, len(widths)):
             bias = norm == "none"
             layers += [
-                nn.Conv3d(widths[i - 1], widths[i], 3, stride=strides[i], padding=1, bias=bias),
+                Conv(widths[i - 1], widths[i], kernel=CUBE, stride=strides[i], padding=1, bias=bias),
                 nn.BatchNorm3d(widths[i]) if norm == "batch" else other_norm(widths[i], norm),
                 nn.LeakyReLU(SLOPE, inplace=True),
             ]
-        layers.append(nn.Conv3d(widths[-1], 1, 3, padding=1))
+        layers.append(Conv(widths[-1], 1, kernel=CUBE, padding=1))
         self.main = nn.Sequential(*layers)
 
     def forward(self, clip: Tensor) -> Tensor:

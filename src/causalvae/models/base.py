@@ -25,8 +25,8 @@ class Posterior:
 
     @staticmethod
     def of_moments(moments: Tensor) -> "Posterior":
-        """moments: b 2c k h w, mean and log variance joined along channels."""
-        mean, logvar = moments.chunk(2, dim=1)
+        """moments: b 2c k h w, mean and log variance joined along channels; at least fp32 from here on."""
+        mean, logvar = at_least_fp32(moments).chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(*LOGVAR_RANGE))
 
     def sample(self, noise: Tensor) -> Tensor:

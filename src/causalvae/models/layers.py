@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from causalvae.models.convolution import Conv
 from causalvae.models.stream import Stream, causal_window
 
 GROUPS = 32  # of GroupNorm, as published
@@ -26,11 +27,12 @@ class CausalConv3d(nn.Module):
         self, c_in: int, c_out: int, *, kernel: Kernel = (3, 3, 3), stride: Kernel = (1, 1, 1)
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv3d(c_in, c_out, kernel, stride, padding=(0, kernel[1] // 2, kernel[2] // 2))
+        padding = (0, kernel[1] // 2, kernel[2] // 2)
+        self.conv = Conv(c_in, c_out, kernel=kernel, stride=stride, padding=padding)
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         """b c t h w -> b c' t' h' w'."""
-        kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]
+        kernel, stride = self.conv.kernel[0], self.conv.stride[0]
         return self.conv(causal_window(self, x, kernel=kernel, stride=stride, stream=stream))
 
 
@@ -42,17 +44,21 @@ class FrameConv(nn.Module):
         self.stride, self.padding = stride, padding
         self.weight = nn.Parameter(torch.empty(c_out, c_in, kernel, kernel))
         self.bias = nn.Parameter(torch.empty(c_out))
+        self.arithmetic: torch.dtype | None = None  # as Conv has it
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:  # noqa: ARG002  as every convolution
         """b c t h w -> b c' t h' w'."""
+        numbers = self.arithmetic or self.weight.dtype
         stride, padding = (1, self.stride, self.stride), (0, self.padding, self.padding)
-        return F.conv3d(x, self.weight.unsqueeze(2), self.bias, stride, padding)
+        weight, bias = self.weight.unsqueeze(2).to(numbers), self.bias.to(numbers)
+        return F.conv3d(x.to(numbers), weight, bias, stride, padding)
 
 
 class Norm(nn.Module):
     """GroupNorm over one frame or the whole clip, or RMS over the channels of each position.
 
-    `channel`: x / rms(x) * weight (Zhang and Sennrich, 2019), no statistics across space or time.
+    `channel`: x / rms(x) * weight (Zhang and Sennrich, 2019), no statistics across space or time. Computes
+    in the numbers of its weight, whatever comes in.
     """
 
     def __init__(self, channels: int, kind: NormKind) -> None:
@@ -62,7 +68,8 @@ class Norm(nn.Module):
         self.bias = None if kind == "channel" else nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """b c t h w -> the same shape."""
+        """b c t h w -> the same shape, in the numbers of the weight."""
+        x = x.to(self.weight.dtype)
         if self.kind == "channel":
             positions = x.movedim(1, -1)  # b t h w c
             return F.rms_norm(positions, self.weight.shape, self.weight, NORM_EPS).movedim(-1, 1)
@@ -159,14 +166,14 @@ class TimeDownsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.mix_factor = nn.Parameter(torch.tensor([MIX_INIT]))
-        self.conv = nn.Conv3d(channels, channels, 3, stride=(2, 1, 1), padding=(0, 1, 1))
+        self.conv = Conv(channels, channels, kernel=(3, 3, 3), stride=(2, 1, 1), padding=(0, 1, 1))
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         """b c t h w -> b c t' h w."""
         window = causal_window(self, x, kernel=3, stride=2, stream=stream)
         # Slices and a sum: the backward of 3D pooling is refused in deterministic mode.
         mean = (window[:, :, 0:-2:2] + window[:, :, 1:-1:2] + window[:, :, 2::2]) / 3
-        alpha = torch.sigmoid(self.mix_factor)
+        alpha = torch.sigmoid(self.mix_factor).to(x.dtype)
         return alpha * mean + (1 - alpha) * self.conv(window)
 
 
@@ -185,7 +192,7 @@ class TimeUpsample(nn.Module):
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         """b c t h w -> b c t' h w."""
         y = self._interpolate(x, stream)
-        alpha = torch.sigmoid(self.mix_factor)
+        alpha = torch.sigmoid(self.mix_factor).to(x.dtype)
         return alpha * y + (1 - alpha) * self.conv(y, stream)
 
     def _interpolate(self, x: Tensor, stream: Stream | None) -> Tensor:
