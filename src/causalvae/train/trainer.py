@@ -203,7 +203,9 @@ def _step(training: _Training) -> StepResult:
             set_learning_rate(optimizer, rate)
     x = to_model(clips.pixels.to(device)).contiguous(memory_format=torch.channels_last_3d)
     noise = draw_noise(state.vae.geometry, x.shape, seed=settings.seed, cursor=state.cursor).to(device)
-    judging = state.critic is not None and state.step >= settings.disc_start
+    judging = (
+        state.critic is not None and settings.disc_start is not None and state.step >= settings.disc_start
+    )
     result = train_step(
         state,
         x,
