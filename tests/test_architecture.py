@@ -31,8 +31,8 @@ weights.names  weights.pytorch  weights.mindspore  weights.diffusers  weights.re
 losses  metrics
 infer
 evaluate  export
-train.precision  train.optim  train.parallel  train.plan  train.signals  train.samples
-train.state  train.runlog  train.step  train.parts  train.trainer
+train.precision  train.optim  train.parallel  train.plan  train.signals  train.samples  train.heldout
+train.state  train.runlog  train.step  train.parts  train.loop  train.trainer
 report  explain  doctor  demo
 cli
 """
@@ -132,12 +132,14 @@ def test_no_import_is_relative_and_none_takes_all_names() -> None:
 
 
 def test_only_the_trainer_and_the_demo_see_the_settings() -> None:
-    allowed = {"config", "cli", "train.parts", "train.trainer", "explain", "doctor", "demo"}
+    allowed = {"config", "cli", "train.parts", "train.loop", "train.trainer", "explain", "doctor", "demo"}
     assert {each.module for each in IMPORTS if each.target == "causalvae.config"} <= allowed
 
 
 def test_every_flag_is_read_by_the_trainer_or_answered_for() -> None:
-    readers = [ast.parse(MODULES[name].read_text()) for name in ("train.parts", "train.trainer")]
+    readers = [
+        ast.parse(MODULES[name].read_text()) for name in ("train.parts", "train.loop", "train.trainer")
+    ]
     readers += [
         n for n in ast.walk(ast.parse(MODULES["config"].read_text())) if isinstance(n, ast.FunctionDef)
     ]

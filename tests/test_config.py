@@ -350,8 +350,8 @@ def test_the_seed_command_leads_to_one_warning_for_each_thing_not_available_yet(
 
 
 @pytest.mark.parametrize("argv", [
-    ["--mode", "1"], ["--mode", "2"], ["--memory", "lean"], ["--memory", "20GiB"], ["--perceptual", "w.pt"],
-    ["--eval_steps", "5", "--eval_video_path", "held"], ["--optim", "adamw8bit"],
+    ["--mode", "1"], ["--memory", "lean"], ["--memory", "20GiB"], ["--perceptual", "w.pt"],
+    ["--optim", "adamw8bit"],
 ])  # fmt: skip
 def test_what_nothing_can_stand_in_for_is_refused_as_not_available_yet(argv: list[str]) -> None:
     settings, given = read_settings(TrainSettings, [*VIDEO, *argv])

@@ -330,7 +330,7 @@ def _always(settings: TrainSettings) -> bool:  # noqa: ARG001 - a rule's test
 Rule = tuple[str, Callable[[TrainSettings], bool], str]  # flags, whether the rule applies, what to say
 
 NOT_AVAILABLE: tuple[Rule, ...] = (
-    ("mode", lambda s: s.mode != 0, "leave it out to train"),
+    ("mode", lambda s: s.mode == 1, "leave it out to train"),
     ("memory", lambda s: s.memory != AUTO_MEMORY, "use auto"),
     ("perceptual", lambda s: s.perceptual not in ("auto", "none"), "use none"),
     (
@@ -347,7 +347,6 @@ NOT_AVAILABLE: tuple[Rule, ...] = (
     ("disc_start", lambda s: s.disc_start is None, "give a step"),
     ("lecam_weight", lambda s: s.lecam_weight > 0, "use 0"),
     ("r1_weight", lambda s: s.r1_weight > 0, "use 0"),
-    ("eval_steps", lambda s: s.eval_steps > 0, "use 0"),
 )
 REPLACED: tuple[Rule, ...] = (
     ("precision", lambda s: s.precision in ("bf16", "fp16"), "the run uses fp32"),
@@ -363,7 +362,7 @@ NO_EFFECT: tuple[Rule, ...] = (
     ("disc_sync_norm", lambda s: s.disc_sync_norm, "the run has one process"),
     ("ema_decay", lambda s: not s.use_ema, "--use_ema is False"),
     ("end_learning_rate lr_decay_steps", lambda s: s.lr_scheduler == "constant", "the rate is constant"),
-    ("eval_video_path", lambda s: s.eval_steps == 0, "--eval_steps is 0"),
+    ("eval_video_path", lambda s: s.eval_steps == 0 and s.mode != 2, "--eval_steps is 0"),
     (
         "disc_start disc_weight disc_loss disc_norm lecam_weight r1_weight",
         lambda s: s.disc_type == "none",

@@ -34,6 +34,11 @@ def check_start(settings: TrainSettings, path: Path) -> None:
     """Look at what a new run in `path` would start from, so that a mistake there leaves no folder behind."""
     if (path / "checkpoints").exists():
         return
+    if settings.mode == 2 and settings.load_from_checkpoint is None:
+        raise ConfigError(
+            f"--mode 2 evaluates a checkpoint, and {path} has none; give the --exp_name and --output_dir of "
+            "a run, or --load_from_checkpoint"
+        )
     if settings.resume not in ("auto", "never"):
         _checkpoint_at(Path(settings.resume))
     elif settings.load_from_checkpoint is not None:
@@ -61,7 +66,8 @@ def starting_point(
         if before == run.path:
             _refuse_other_videos(run.path / "run.json", source)
         torch.set_num_threads(read_counters(checkpoint.path)["threads"])
-    run.rewind("metrics.jsonl", checkpoint.step if checkpoint is not None else 0)
+    if settings.mode != 2:
+        run.rewind("metrics.jsonl", checkpoint.step if checkpoint is not None else 0)
     return settings, checkpoint
 
 
