@@ -341,7 +341,6 @@ NOT_AVAILABLE: tuple[Rule, ...] = (
     ("frames", lambda s: s.frames is not None, "use --video_num_frames"),
     ("resolutions", lambda s: s.resolutions is not None, "use --resolution"),
     ("image_ratio", lambda s: s.image_ratio > 0, "use 0"),
-    ("train_parts", lambda s: s.train_parts != "all", "use all"),
     ("clip_grad_mode", lambda s: s.clip_grad and s.clip_grad_mode != "norm", "use norm"),
     ("on_divergence", lambda s: s.on_divergence != "stop", "use stop"),
     ("disc_start", lambda s: s.disc_start is None, "give a step"),

@@ -8,7 +8,7 @@ import os
 import platform
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from causalvae.flags import read_settings
 from causalvae.losses import LossPlan, build_critic
 from causalvae.machine import Machine, environment, torch_facts
 from causalvae.models.build import build
+from causalvae.models.causalvae import CausalVAE
 from causalvae.models.presets import PRESETS, CausalVAEConfig
 from causalvae.rundir import MANIFEST, Checkpoint, RunDir, damage
 from causalvae.train.optim import build_optimizer
@@ -125,7 +126,10 @@ def build_state(
     logvar = nn.Parameter(
         torch.tensor(settings.logvar_init, device=device), requires_grad=settings.learn_logvar
     )
-    learned = [("logvar", logvar)] if settings.learn_logvar else []
+    learned = [
+        *_learning(vae, settings.train_parts),
+        *([("logvar", logvar)] if settings.learn_logvar else []),
+    ]
     how = {
         "kind": settings.optim,
         "lr": settings.start_learning_rate,
@@ -137,12 +141,26 @@ def build_state(
         ema=ema,
         critic=critic,
         logvar=logvar,
-        optimizer=build_optimizer([*vae.named_parameters(), *learned], **how),
+        optimizer=build_optimizer(learned, **how),
         critic_optimizer=build_optimizer(critic.named_parameters(), **how) if critic is not None else None,
     )
     if start is not None:
         state.load(start.path)
     return state, origin
+
+
+def _learning(vae: CausalVAE, parts: Literal["all", "decoder", "encoder"]) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that learn; the others are frozen.
+
+    The last layer keeps its gradient: the adaptive weight is measured at it.
+    """
+    frozen = {"all": (), "decoder": ("encoder.", "quant_conv."), "encoder": ("decoder.", "post_quant_conv.")}
+    learning = [(name, p) for name, p in vae.named_parameters() if not name.startswith(frozen[parts])]
+    names = {name for name, _ in learning}
+    for name, parameter in vae.named_parameters():
+        parameter.requires_grad_(name in names)
+    vae.last_layer.get_parameter("weight").requires_grad_(True)
+    return learning
 
 
 def _model_of(start: Checkpoint) -> tuple[CausalVAEConfig, Origin]:

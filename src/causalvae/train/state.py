@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from causalvae.errors import RunError, WeightsError
 from causalvae.models.causalvae import CausalVAE
-from causalvae.train.optim import load_optimizer_tensors, optimizer_tensors
+from causalvae.train.optim import load_optimizer_tensors, named, optimizer_tensors
 from causalvae.weights.read import CONFIG_KEY, MODEL_KEY, read_tensors
 
 
@@ -43,9 +43,8 @@ class TrainState:
     cursor: int = 0
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Everything that the generator's optimiser may update, in its order."""
-        learned = [("logvar", self.logvar)] if self.logvar.requires_grad else []
-        return [*self.vae.named_parameters(), *learned]
+        """Everything that the generator's optimiser updates."""
+        return named(self.optimizer)
 
     @torch.no_grad()
     def update_ema(self, limit: float) -> None:

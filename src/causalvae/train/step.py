@@ -165,7 +165,19 @@ def _backward(
         else:
             recon, posterior = forward.recons[0], forward.posteriors[0]
         kl = kl_weight * kl_loss(posterior.kl(), values_per_frame=values, num_clips=num_clips)
-        torch.autograd.backward([recon, kl], [pieces[i].to(recon.dtype), torch.ones_like(kl)])
+        ends = [(recon, pieces[i].to(recon.dtype)), (kl, torch.ones_like(kl))]
+        ends = [
+            (end, grad) for end, grad in ends if end.requires_grad
+        ]  # kl has no graph if the encoder rests
+        torch.autograd.backward([end for end, _ in ends], [grad for _, grad in ends])
+    _forget_resting(state)
+
+
+def _forget_resting(state: TrainState) -> None:
+    """The last layer is always asked for its gradient, by the adaptive weight, though it may not learn."""
+    weight = state.vae.last_layer.get_parameter("weight")
+    if all(weight is not parameter for _, parameter in state.named_parameters()):
+        weight.grad = None
 
 
 def _update(state: TrainState, *, ema_decay: float, max_grad_norm: float | None) -> float | None:
