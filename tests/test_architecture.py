@@ -26,7 +26,8 @@ rng  video
 models.convolution  models.stream  models.layers  models.wavelet  models.base  models.causalvae  models.wfvae
 models.start  models.build
 critics.lpips  critics.patchgan  critics.i3d
-data.decode  data.sources  data.transforms  data.clips  data.workers  data.loader  data.encode  data.scan
+data.decode  data.shards  data.sources  data.transforms
+data.clips  data.workers  data.loader  data.encode  data.scan
 weights.names  weights.pytorch  weights.mindspore  weights.diffusers  weights.read  weights.inflate
 losses  metrics
 infer
