@@ -118,6 +118,24 @@ def test_pictures_train_as_videos_of_one_frame(tmp_path: Path) -> None:
     assert len(list((result.path / "samples").glob("*.mp4"))) == 2
 
 
+def test_clips_of_several_shapes_and_pictures_train_and_go_on(tmp_path: Path) -> None:
+    mixed: dict[str, Any] = {
+        "frames": (1, 5, 9),
+        "resolutions": (Resolution(32, 32), Resolution(24, 40)),
+        "image_ratio": 0.25,
+    }
+    train(tmp_path / "once", **mixed, max_steps=8)
+    for steps in (3, 8):
+        train(tmp_path / "twice", **mixed, max_steps=steps)
+    assert_same_state(tmp_path / "once", tmp_path / "twice", step=8)
+    lines = [
+        json.loads(line) for line in (tmp_path / "once" / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    shapes = {(line["frames"], line["height"], line["width"]) for line in lines}
+    assert {frames for frames, _, _ in shapes} == {1, 5, 9}
+    assert {(height, width) for _, height, width in shapes} == {(32, 32), (24, 40)}
+
+
 @pytest.mark.parametrize(
     ("half", "rests"),
     [("decoder", ("encoder.", "quant_conv.")), ("encoder", ("decoder.", "post_quant_conv."))],

@@ -101,8 +101,8 @@ class TrainSettings:
     tensorboard: bool = setting(False, LENGTH, on_resume="free", help="write TensorBoard files too")
 
     video_path: str = setting(REQUIRED, INPUT, on_resume="free",
-        help="a folder that is searched for videos, one video, a text, CSV or JSONL list of them, or sample: "
-        "for the clips that come with the package")
+        help="a folder that is searched for videos, one video, a text, CSV or JSONL list, a WebDataset "
+        "pattern such as shard-{000..012}.tar, or sample: for the clips that come with the package")
     video_num_frames: int = setting(17, INPUT, limits=AT_LEAST_1,
         help="frames per clip; the model works on 1 + 4k of them, and other counts are padded inside")
     resolution: Resolution = setting(SQUARE_256, INPUT,  # noqa: RUF009 - frozen
@@ -338,9 +338,6 @@ NOT_AVAILABLE: tuple[Rule, ...] = (
         lambda s: s.optim == "adamw8bit" and not _installed("bitsandbytes"),
         "it needs the library bitsandbytes; install it or use adamw",
     ),
-    ("frames", lambda s: s.frames is not None, "use --video_num_frames"),
-    ("resolutions", lambda s: s.resolutions is not None, "use --resolution"),
-    ("image_ratio", lambda s: s.image_ratio > 0, "use 0"),
     ("clip_grad_mode", lambda s: s.clip_grad and s.clip_grad_mode != "norm", "use norm"),
     ("on_divergence", lambda s: s.on_divergence != "stop", "use stop"),
     ("disc_start", lambda s: s.disc_start is None, "give a step"),
@@ -355,6 +352,8 @@ REPLACED: tuple[Rule, ...] = (
     ("jit_level", lambda s: s.jit_level != "O0", "the run is eager, as with O0"),
 )
 NO_EFFECT: tuple[Rule, ...] = (
+    ("video_num_frames", lambda s: s.frames is not None, "--frames says how long clips are"),
+    ("resolution", lambda s: s.resolutions is not None, "--resolutions says how large clips are"),
     ("max_grad_norm clip_grad_mode agc_factor", lambda s: not s.clip_grad, "--clip_grad is False"),
     ("max_grad_norm", lambda s: s.clip_grad and s.clip_grad_mode == "agc", "--clip_grad_mode is agc"),
     ("agc_factor", lambda s: s.clip_grad and s.clip_grad_mode == "norm", "--clip_grad_mode is norm"),

@@ -140,7 +140,7 @@ def _step(training: Training, clips: Clips) -> StepResult:
         max_grad_norm=settings.max_grad_norm if settings.clip_grad else None,
         ema_decay=settings.ema_decay,
     )
-    _report(training, result, rate=rate, names=[request.video.id for request in clips.requests])
+    _report(training, result, clips=clips, rate=rate)
     return result
 
 
@@ -154,10 +154,15 @@ def draw_noise(geometry: Geometry, shape: Sequence[int], *, seed: int, cursor: i
     return torch.stack(clips)
 
 
-def _report(training: Training, result: StepResult, *, rate: float, names: list[str]) -> None:
+def _report(training: Training, result: StepResult, *, clips: Clips, rate: float) -> None:
+    names = [request.video.id for request in clips.requests]
+    shape = dict(zip(("frames", "height", "width"), clips.pixels.shape[2:], strict=True))
     training.skipped = 0 if result.applied else training.skipped + 1
+    if len(training.plan.shapes()) == 1:
+        shape = {}
     numbers: dict[str, float | None] = {
         "cursor": training.state.cursor,
+        **shape,
         **result.terms.numbers(),
         "learning_rate": rate,
         "grad_norm": result.grad_norm,

@@ -189,9 +189,14 @@ def _critic(settings: TrainSettings, device: torch.device) -> nn.Module | None:
 
 def clip_plan(settings: TrainSettings) -> ClipPlan:
     """How clips are cut; the batch holds all that one update sees."""
+    sizes = settings.resolutions or (settings.resolution,)
+    frames = settings.frames or (settings.video_num_frames,)
     return ClipPlan(
-        frames=settings.video_num_frames,
-        size=(settings.resolution.height, settings.resolution.width),
+        frames=max(frames),
+        size=(sizes[0].height, sizes[0].width),
+        frame_buckets=settings.frames or (),
+        size_buckets=tuple((size.height, size.width) for size in settings.resolutions or ()),
+        image_ratio=settings.image_ratio,
         stride=settings.sample_rate,
         batch=settings.batch_size * settings.gradient_accumulation_steps,
         seed=settings.seed,
