@@ -20,15 +20,15 @@ LINES = f"""
 errors
 geometry  models.presets
 flags  flagtext  config
-files  rundir  machine
+files  fetch  rundir  machine
 {TORCH_FROM_HERE}
 rng  video
 models.stream  models.layers  models.wavelet  models.base  models.causalvae  models.wfvae
 models.start  models.build
-critics.lpips  critics.patchgan  critics.i3d
+critics.lpips  critics.efficientnet  critics.patchgan  critics.i3d
 data.decode  data.sources  data.transforms  data.clips  data.workers  data.loader  data.encode  data.scan
 weights.names  weights.pytorch  weights.mindspore  weights.diffusers  weights.read  weights.inflate
-losses  metrics
+losses  metrics  perceptual
 infer
 evaluate  export
 train.precision  train.optim  train.parallel  train.plan  train.signals  train.samples
