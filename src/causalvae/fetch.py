@@ -76,9 +76,10 @@ def _receive(url: str, partial: Path, *, bar: Progress) -> None:
         reason = _one_connection(url, partial, start=before, bar=bar)
         if reason is None:
             return
-        if partial.stat().st_size <= before:
+        after = partial.stat().st_size
+        if after <= before:
             raise WeightsError(
-                f"{url}: {reason} after {before:,} bytes; they are kept, and the next attempt goes on from "
+                f"{url}: {reason} after {after:,} bytes; they are kept, and the next attempt goes on from "
                 "there",
                 status=1,
             )

@@ -6,7 +6,7 @@ be. Any other network gives a FeatureDistance under a name of its own.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
@@ -78,11 +78,12 @@ PUBLISHED: dict[LpipsBackbone, tuple[Published, Published]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Shelf:
-    """Where published files lie: home/lpips. mirror: an address to fetch them from, not from their publishers."""
+    """Where published files lie: home/lpips. mirror: an address to fetch them from instead."""
 
     home: Path
     offline: bool = False
     mirror: str | None = None
+    published: Mapping[LpipsBackbone, tuple[Published, Published]] = field(default_factory=lambda: PUBLISHED)
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> "Shelf":
@@ -173,7 +174,7 @@ def _lpips_published(backbone: LpipsBackbone, *, shelf: Shelf, progress: bool) -
     """LPIPS from the cache folder, or from its publishers."""
     tensors: dict[str, Tensor] = {}
     found: dict[str, str] = {}
-    for file in PUBLISHED[backbone]:
+    for file in shelf.published[backbone]:
         path = shelf.home / "lpips" / file.file
         address = shelf.address(file)
         wanted = f"put the file from {address} at {path}"

@@ -61,7 +61,7 @@ class EfficientNetLite0(nn.Module):
 
 
 class Block(nn.Module):
-    """Inverted bottleneck: more channels, a filter for each, fewer channels; its input added where it fits."""
+    """Inverted bottleneck: more channels, a filter for each, fewer channels; plus its input where it fits."""
 
     def __init__(self, channels: int, width: int, *, kernel: int, stride: int, expansion: int) -> None:
         super().__init__()
