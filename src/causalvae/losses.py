@@ -39,12 +39,14 @@ CRITICS = {"patchgan2d": PatchGAN2d, "patchgan3d": PatchGAN3d}
 class LossPlan:
     """What the answer is made of; weights have their published meaning.
 
-    perceptual: (recon, clip), each (b t) 3 h w in [-1, 1] -> one value per frame, (b t) 1 1 1.
+    perceptual: (recon, clip), each n 3 h w in [-1, 1] -> one value per frame, n 1 1 1.
+    perceptual_frames: how many frames it is given at once, which bounds its memory.
     """
 
     kind: PixelKind = "l1"
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
     perceptual_weight: float = 1.0
+    perceptual_frames: int = 8
     kl_weight: float = 1e-6
     disc_weight: float = 0.5
 
@@ -134,7 +136,7 @@ def reconstruction_error(
     pixel = pixel_loss(leaf, clip, kind=plan.kind)
     if plan.perceptual is None:
         return pixel, pixel.detach(), None
-    perceptual = perceptual_loss(leaf, clip, metric=plan.perceptual)
+    perceptual = perceptual_loss(leaf, clip, metric=plan.perceptual, frames_at_once=plan.perceptual_frames)
     return pixel + plan.perceptual_weight * perceptual, pixel.detach(), perceptual.detach()
 
 
@@ -176,13 +178,30 @@ def pixel_loss(recon: Tensor, clip: Tensor, *, kind: PixelKind) -> Tensor:
     return measures[kind](recon, clip)
 
 
-def perceptual_loss(recon: Tensor, clip: Tensor, *, metric: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def perceptual_loss(
+    recon: Tensor, clip: Tensor, *, metric: Callable[[Tensor, Tensor], Tensor], frames_at_once: int
+) -> Tensor:
     """Mean over frames of a perceptual metric. recon, clip: b 3 t h w in [-1, 1].
 
     The published code adds a frame's metric to the error of each of its values, so the means add up too.
+    The metric judges each frame by itself, so its gradient is taken slice by slice and one slice's graph is
+    alive at a time. The result has a first derivative at recon, and no second one.
     """
-    frames = [x.transpose(1, 2).flatten(0, 1) for x in (recon, clip)]  # b c t h w -> (b t) c h w
-    return metric(frames[0], frames[1]).mean()
+    pieces = [x.transpose(1, 2).flatten(0, 1).split(frames_at_once) for x in (recon.detach(), clip)]
+    num_frames = recon.shape[0] * recon.shape[2]
+    total, grads = recon.new_zeros(()), []
+    for a, b in zip(*pieces, strict=True):  # n c h w
+        if not recon.requires_grad:
+            total = total + metric(a, b).sum() / num_frames
+            continue
+        a.requires_grad_()
+        value = metric(a, b).sum() / num_frames
+        grads.append(torch.autograd.grad(value, a)[0])
+        total = total + value.detach()
+    if not grads:
+        return total
+    grad = torch.cat(grads).unflatten(0, (recon.shape[0], -1)).transpose(1, 2)  # (b t) c h w -> b c t h w
+    return total + (grad * (recon - recon.detach())).sum()  # adds 0, with the gradient that was found
 
 
 def reconstruction_nll(error: Tensor, *, logvar: Tensor) -> Tensor:
