@@ -1,87 +1,28 @@
-"""Perceptual networks: known answers, laws of their gradients, and where their files come from."""
+"""Perceptual networks: known answers, and laws of their distances and gradients."""
 
-import hashlib
 import itertools
-import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from media import BUNDLED, in_order
-from safetensors.torch import save_file
-from servers import Site, closed_address, serve
-from torch import Tensor, nn
+from networks import BACKBONES, efficientnet, film, frames, network_of, weights_of
+from torch import Tensor
 from torch.nn import functional
 
 from causalvae.critics.efficientnet import EfficientNetLite0
-from causalvae.critics.lpips import LPIPS, STAGES, FeatureDistance, LpipsBackbone
-from causalvae.errors import CausalVAEError, ConfigError, WeightsError
-from causalvae.losses import LossPlan, perceptual_loss
-from causalvae.models.build import build
-from causalvae.models.presets import PRESETS
-from causalvae.perceptual import Perceptual, Published, Shelf, build_perceptual, refuse_change
+from causalvae.critics.lpips import FeatureDistance, LpipsBackbone
+from causalvae.errors import ConfigError
+from causalvae.losses import perceptual_loss
+from causalvae.perceptual import Perceptual
 from causalvae.rng import key, normal
-from causalvae.train.optim import build_optimizer
-from causalvae.train.state import TrainState
-from causalvae.train.step import train_step
-from causalvae.video import to_model
 
-BACKBONES: tuple[LpipsBackbone, ...] = ("vgg", "alex", "squeeze")
-SIZE = (64, 64)
 LAW = 1e-12  # float64, relative
 
 
-def weights_of(backbone: LpipsBackbone) -> dict[str, Tensor]:
-    """Weights with the published names and shapes, that keep the size of what goes through them."""
-    with torch.device("meta"):
-        shapes = {name: t.shape for name, t in LPIPS(backbone).state_dict().items()}
-    made: dict[str, Tensor] = {}
-    for name, shape in shapes.items():
-        noise = normal(shape, key("test", name))
-        inputs = max(1, shape[1:].numel())
-        scale = 0.1 if name.endswith("bias") else 1.0 if name.startswith("lin") else (2 / inputs) ** 0.5
-        made[name] = noise.abs() if name.startswith("lin") else noise * scale
-    return made
-
-
-def write_files(folder: Path, backbone: LpipsBackbone, *, zipped: bool = True) -> tuple[Path, Path]:
-    """The two files, with a classifier in the first as published."""
-    weights = weights_of(backbone)
-    lin = {name: t for name, t in weights.items() if name.startswith("lin")}
-    trunk = {name: t for name, t in weights.items() if name not in lin} | {"classifier.6.bias": torch.ones(9)}
-    folder.mkdir(exist_ok=True, parents=True)
-    paths = folder / "first.pth", folder / "second.pth"
-    for path, tensors in zip(paths, (trunk, lin), strict=True):
-        torch.save(tensors, path, _use_new_zipfile_serialization=zipped)
-    return paths
-
-
-def network_of(backbone: LpipsBackbone, dtype: torch.dtype = torch.float64) -> LPIPS:
-    network = LPIPS(backbone).to(dtype)
-    network.load_state_dict(weights_of(backbone))
-    return network
-
-
-def frames(n: int, *, size: tuple[int, int] = SIZE, seed: int = 0) -> Tensor:
-    return 0.5 * normal((n, 3, *size), key("frames", seed)).double()
-
-
-def film(name: str = "city_spire.mp4", *, count: int, size: int) -> Tensor:
-    """The middle of the first frames of a real film: count 3 size size in [-1, 1]."""
-    pixels = in_order(BUNDLED / name)[:count].permute(0, 3, 1, 2)
-    top, left = (pixels.shape[2] - size) // 2, (pixels.shape[3] - size) // 2
-    return to_model(pixels[:, :, top : top + size, left : left + size])
-
-
 @pytest.fixture(scope="module")
-def efficientnet(tmp_path_factory: pytest.TempPathFactory) -> Perceptual:
-    shelf = Shelf(home=tmp_path_factory.mktemp("home"), offline=True)
-    made, warnings = build_perceptual("efficientnet-lite0", size=SIZE, shelf=shelf)
-    assert made is not None
-    assert warnings == []
-    return made
+def judge() -> Perceptual:
+    return efficientnet()
 
 
 def vgg_by_hand(x: Tensor, w: dict[str, Tensor]) -> list[Tensor]:
@@ -146,7 +87,7 @@ def lpips_by_hand(a: Tensor, b: Tensor, backbone: LpipsBackbone) -> np.ndarray:
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_lpips_is_the_published_formula(backbone: LpipsBackbone) -> None:
-    a, b = frames(2, size=(47, 64)), frames(2, size=(47, 64), seed=1)
+    a, b = frames(2, size=(33, 40)), frames(2, size=(33, 40), seed=1)
     found = network_of(backbone)(a, b)
     assert found.shape == (2, 1, 1, 1)
     np.testing.assert_allclose(found.flatten(), lpips_by_hand(a, b, backbone), rtol=1e-10)
@@ -167,7 +108,7 @@ def test_frames_may_be_as_small_as_is_said_and_not_smaller(backbone: LpipsBackbo
     side = network.smallest_side
     assert network(frames(1, size=(side, side)), frames(1, size=(side, side), seed=1)).item() > 0
     with pytest.raises(ConfigError, match=f"needs {side}x{side}; use a larger --resolution"):
-        network(frames(1, size=(side - 1, 99)), frames(1, size=(side - 1, 99)))
+        network(frames(1, size=(side - 1, 40)), frames(1, size=(side - 1, 40)))
 
 
 def test_the_gradient_of_lpips_is_its_derivative() -> None:
@@ -175,19 +116,23 @@ def test_the_gradient_of_lpips_is_its_derivative() -> None:
     assert torch.autograd.gradcheck(lambda x: network(x, b), a.requires_grad_(), fast_mode=True)
 
 
-def test_flat_frames_have_finite_gradients_and_weights_have_none(efficientnet: Perceptual) -> None:
-    dark = torch.full((1, 3, 64, 64), -1.0)
-    for network in (network_of("vgg", torch.float32), efficientnet.module):
-        for recon in (dark.clone(), torch.zeros(1, 3, 64, 64), dark + 1e-3 * frames(1).float()):
+def test_flat_frames_have_finite_gradients_and_weights_have_none(judge: Perceptual) -> None:
+    dark = torch.full((1, 3, 32, 32), -1.0)
+    for network in (network_of("vgg", torch.float32), judge.module):
+        for recon in (
+            dark.clone(),
+            torch.zeros(1, 3, 32, 32),
+            dark + 1e-3 * frames(1, size=(32, 32)).float(),
+        ):
             network(recon.requires_grad_(), dark).sum().backward()
             assert recon.grad is not None
             assert bool(torch.isfinite(recon.grad).all())
         assert all(p.grad is None and not p.requires_grad for p in network.parameters())
 
 
-def test_the_clip_gets_no_graph(efficientnet: Perceptual) -> None:
+def test_the_clip_gets_no_graph(judge: Perceptual) -> None:
     recon, clip = frames(1).float().requires_grad_(), frames(1, seed=1).float().requires_grad_()
-    for network in (network_of("squeeze", torch.float32), efficientnet.module):
+    for network in (network_of("squeeze", torch.float32), judge.module):
         grads = torch.autograd.grad(network(recon, clip).sum(), (recon, clip), allow_unused=True)
         assert grads[0].abs().sum() > 0
         assert grads[1] is None
@@ -208,23 +153,23 @@ def test_slices_of_any_size_give_the_loss_and_gradient_of_the_whole(at_once: int
     assert not unasked.requires_grad
 
 
-def test_efficientnet_feels_noise_and_blur_in_their_order(efficientnet: Perceptual) -> None:
-    clip = film(count=1, size=160)
+def test_efficientnet_feels_noise_and_blur_in_their_order(judge: Perceptual) -> None:
+    clip = film(numbers=range(1), size=96)
     noise = normal(clip.shape, key("noise"))
     noisy = [clip + sd * noise for sd in (0.0, 0.02, 0.05, 0.1, 0.2)]
     blurred = [functional.avg_pool2d(clip, k, 1, k // 2, count_include_pad=False) for k in (1, 3, 5, 9, 15)]
     for worse in (noisy, blurred):
-        distances = [efficientnet.module(recon, clip).item() for recon in worse]
+        distances = [judge.module(recon, clip).item() for recon in worse]
         assert distances[0] == 0
         assert all(b > 1.2 * a for a, b in itertools.pairwise(distances)), distances
 
 
-def test_efficientnet_is_given_the_range_that_it_was_trained_on(efficientnet: Perceptual) -> None:
-    """The stem's statistics on real frames are near those of the training, and not in ImageNet's other range."""
-    network = efficientnet.module
+def test_efficientnet_is_given_the_range_that_it_was_trained_on(judge: Perceptual) -> None:
+    """The stem's statistics on real frames are near those of the training, and not in the other range."""
+    network = judge.module
     assert isinstance(network, FeatureDistance)
     stem, norm = network.backbone.get_submodule("_conv_stem"), network.backbone.get_submodule("_bn0")
-    clip = film(count=1, size=224)
+    clip = film(numbers=range(1), size=224)
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
     spread = [
         (stem(x).var((0, 2, 3)) / norm.get_buffer("running_var")).log().abs().median().item()
@@ -241,95 +186,3 @@ def test_efficientnet_pads_as_the_framework_it_was_trained_in() -> None:
     stem = network.get_submodule("_conv_stem")
     stem.get_parameter("weight").fill_(1.0)
     assert torch.equal(stem(torch.ones(1, 3, 4, 4))[0, 0], torch.tensor([[27.0, 18.0], [18.0, 12.0]]))
-
-
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("kind", ["torch", "old-torch", "safetensors"])
-def test_a_folder_is_lpips_by_what_is_in_it(tmp_path: Path, backbone: LpipsBackbone, kind: str) -> None:
-    if kind == "torch" and backbone == "vgg":
-        pytest.skip("the largest is tried in the format it is published in")
-    if kind == "safetensors":
-        save_file(weights_of(backbone), tmp_path / "all.safetensors")
-    else:
-        write_files(tmp_path, backbone, zipped=kind == "torch")
-    (tmp_path / "README.md").write_text("no weights")
-    made, warnings = build_perceptual(str(tmp_path), size=SIZE, shelf=Shelf(home=tmp_path))
-    assert made is not None
-    assert (made.name, warnings) == (f"lpips-{backbone}", [])
-    assert made.sha256 == {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(tmp_path.iterdir())
-        if path.name != "README.md"
-    }
-    a, b = frames(1).float(), frames(1, seed=1).float()
-    torch.testing.assert_close(
-        made.module(a, b), network_of(backbone, torch.float32)(a, b), rtol=1e-6, atol=0
-    )
-    assert json.loads(json.dumps(made.facts())) == made.facts()
-
-
-def shelf_with(folder: Path, files: Sequence[Path], *, mirror: str, offline: bool = False) -> Shelf:
-    """A shelf whose squeeze is published as these files; the others are as published."""
-    trunk, lin = (
-        Published(f"http://nowhere.invalid/{path.name}", hashlib.sha256(path.read_bytes()).hexdigest())
-        for path in files
-    )
-    return Shelf(
-        home=folder / "home",
-        mirror=mirror,
-        offline=offline,
-        published={backbone: (trunk, lin) for backbone in BACKBONES},
-    )
-
-
-def test_a_named_lpips_is_fetched_once_and_then_needs_no_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    files = write_files(tmp_path / "files", "squeeze")
-    with serve(Site({f"/m/{path.name}": path.read_bytes() for path in files})) as site:
-        shelf = shelf_with(tmp_path, files, mirror=f"{site.url}/m/")
-        first, _ = build_perceptual("lpips-squeeze", size=SIZE, shelf=shelf)
-    assert len(site.requests) == 2
-    second, _ = build_perceptual(
-        "lpips-squeeze", size=SIZE, shelf=shelf_with(tmp_path, files, mirror=closed_address(), offline=True)
-    )
-    assert first is not None
-    assert second is not None
-    assert first.name == "lpips-squeeze"
-    assert first.facts() == second.facts()
-    (tmp_path / "home" / "lpips" / "second.pth").write_bytes(b"another file")
-    with pytest.raises(WeightsError, match=r"not the published file.*remove it"):
-        build_perceptual("lpips-squeeze", size=SIZE, shelf=shelf)
-
-
-@pytest.mark.parametrize("offline", [True, False])
-def test_auto_without_its_files_warns_and_a_named_one_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, offline: bool
-) -> None:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    shelf = Shelf(home=tmp_path, offline=offline, mirror=closed_address())
-    made, warnings = build_perceptual("auto", size=SIZE, shelf=shelf)
-    assert made is None
-    assert len(warnings) == 1
-    assert warnings[0].startswith("the run trains without a perceptual term: LPIPS needs vgg16-397923af.pth")
-    assert "\n" not in warnings[0]
-    with pytest.raises(ConfigError) as caught:
-        build_perceptual("lpips-vgg", size=SIZE, shelf=shelf)
-    wanted = f"put the file from {shelf.mirror}/vgg16-397923af.pth at {tmp_path}/lpips/vgg16-397923af.pth"
-    assert str(caught.value).endswith(wanted)
-    assert ("CAUSALVAE_OFFLINE" if offline else "can't be reached") in str(caught.value)
-
-
-def test_none_is_none_and_frames_that_are_too_small_are_refused(tmp_path: Path) -> None:
-    shelf = Shelf(home=tmp_path, offline=True)
-    assert build_perceptual("none", size=(8, 8), shelf=shelf) == (None, [])
-    with pytest.raises(ConfigError, match=r"frames of 24x64 are too small .* needs 32x32"):
-        build_perceptual("efficientnet-lite0", size=(24, 64), shelf=shelf)
-
-
-def test_the_shelf_is_where_the_environment_says() -> None:
-    assert Shelf.of({}) == Shelf(home=Path.home() / ".cache" / "causalvae")
-    told = {"CAUSALVAE_HOME": "/a", "CAUSALVAE_OFFLINE": "1", "CAUSALVAE_MIRROR": "http://b"}
-    assert Shelf.of(told) == Shelf(home=Path("/a"), offline=True, mirror="http://b")
-    assert not Shelf.of({"CAUSALVAE_OFFLINE": "0"}).offline

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
+from zipfile import BadZipFile
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ MAX_NAME = 60
 # what torch.load and torch.export.load raise for a file that is none of theirs, or damaged
 UNREADABLE = (
     UnpicklingError, RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError,
-    AssertionError,
+    AssertionError, BadZipFile,
 )  # fmt: skip
 
 
@@ -156,7 +157,7 @@ def _named(choice: str, *, shelf: Shelf, progress: bool) -> tuple[Perceptual, li
         if choice == f"lpips-{backbone}":
             return _lpips_published(backbone, shelf=shelf, progress=progress), []
     path = _installed_efficientnet() if choice == EFFICIENTNET else Path(choice)
-    if not path.exists():
+    if not choice or not path.exists():
         raise ConfigError(
             f"--perceptual {choice}: no such file or folder, and no name; names are {', '.join(NAMES)}"
         )
