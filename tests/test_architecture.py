@@ -23,7 +23,8 @@ flags  flagtext  config
 files  rundir  machine
 {TORCH_FROM_HERE}
 rng  video
-models.convolution  models.stream  models.layers  models.wavelet  models.base  models.causalvae  models.wfvae
+models.convolution  models.stream  models.norms  models.fused  models.layers
+models.wavelet  models.base  models.causalvae  models.wfvae
 models.start  models.build
 critics.lpips  critics.patchgan  critics.i3d
 data.decode  data.sources  data.transforms  data.clips  data.workers  data.loader  data.encode  data.scan
