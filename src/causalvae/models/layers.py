@@ -95,6 +95,11 @@ class Norm(nn.Module):
         """b c t h w -> the same shape, in the numbers of the weight."""
         return normed(x, self.weight, bias=self.bias, kind=self.kind)
 
+    def activated(self, x: Tensor) -> Tensor:
+        """SiLU of the norm, of which x is kept."""
+        step, weights = self.link()
+        return chain(x, [step], weights)
+
     def link(self) -> tuple[NormStep, list[Tensor | None]]:
         """Norm and SiLU as a step of a chain."""
         return NormStep(self.kind), [self.weight, self.bias]
@@ -111,17 +116,20 @@ def pointwise(c_in: int, c_out: int, *, flat: bool) -> FrameConv | CausalConv3d:
 
 
 class ResnetBlock(nn.Module):
-    """norm, SiLU, conv, norm, SiLU, conv, and the input added. `flat`: frame by frame, norms too."""
+    """norm, SiLU, conv, norm, SiLU, conv, and the input added. `flat`: frame by frame, norms too.
+
+    In training each convolution keeps the input of its norm, and no more.
+    """
 
     def __init__(self, c_in: int, c_out: int, *, norm: NormKind, flat: bool = False) -> None:
         super().__init__()
+        self.flat = flat
         kind = "frame" if flat and norm == "clip" else norm
         self.norm1 = Norm(c_in, kind)
         self.conv1 = conv3x3(c_in, c_out, flat=flat)
         self.norm2 = Norm(c_out, kind)
         self.conv2 = conv3x3(c_out, c_out, flat=flat)
         self.nin_shortcut = pointwise(c_in, c_out, flat=flat) if c_in != c_out else None
-        self.recompute = False  # keep the block's input only
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         """b c t h w -> b c' t h w."""
@@ -129,9 +137,6 @@ class ResnetBlock(nn.Module):
             h = self.conv1(F.silu(self.norm1(x)), stream)
             h = self.conv2(F.silu(self.norm2(h)), stream)
             return (x if self.nin_shortcut is None else self.nin_shortcut(x, stream)) + h
-        if self.recompute:
-            step, weights = self.link()
-            return chain(x, [step], weights)
         h = x
         for norm, conv in ((self.norm1, self.conv1), (self.norm2, self.conv2)):
             step, weights = norm_conv(norm, conv)
