@@ -3,9 +3,9 @@
     python benchmarks/activations.py [--hidden 64] [--frames 5] [--size 48] [--repeats 5] [--threads 2]
 
 Kept: exact bytes of the storages that autograd saves, counted once, weights left out, for the published
-layout at its full size on the meta device, per value of the input. Time: processor time of forward and backward of the
-autoencoder, each order of work in turn within one process. The plain order is that of torch: every layer a
-call of its own.
+layout at its full size on the meta device, per value of the input. Time: processor time of forward and
+backward of the autoencoder, each order of work in turn within one process. The plain order is that of torch:
+every layer a call of its own.
 """
 
 import argparse
@@ -145,7 +145,8 @@ def print_times(config: CausalVAEConfig, args: argparse.Namespace) -> None:
             times[kind].append(seconds(run, vae))
     for kind in KINDS:
         ratio = statistics.median(b / a for a, b in zip(times["plain"], times[kind], strict=True))
-        print(f"| {config.norm} | {kind} | {statistics.median(times[kind]) * 1e3:.0f} | {ratio:.2f} |", flush=True)
+        middle = statistics.median(times[kind]) * 1e3
+        print(f"| {config.norm} | {kind} | {middle:.0f} | {ratio:.2f} |", flush=True)
 
 
 def main() -> None:

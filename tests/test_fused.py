@@ -1,15 +1,19 @@
-"""Laws of layers that keep their input only: the values and gradients of the plain order of work."""
+"""Laws of layers that keep their input only: the numbers of the plain order of work, and what is kept."""
 
 import copy
+import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from causalvae import rng
-from causalvae.models.causalvae import run_in_chains
+from causalvae.losses import LossPlan, build_critic
+from causalvae.models.build import build
+from causalvae.models.causalvae import CausalVAE, run_in_chains, set_recompute
 from causalvae.models.convolution import Conv
 from causalvae.models.layers import (
     FrameConv,
@@ -20,8 +24,18 @@ from causalvae.models.layers import (
     TimeUpsample,
 )
 from causalvae.models.norms import NormKind
+from causalvae.models.presets import PRESETS, CausalVAEConfig
 from causalvae.models.stream import Stream
+from causalvae.train.optim import build_optimizer
+from causalvae.train.parts import lay_out
+from causalvae.train.state import TrainState
+from causalvae.train.step import train_step
 
+PUBLISHED = 15_100  # bytes of activations per input value that the published code keeps, fp32
+SMALL = {
+    "conv": CausalVAEConfig(hidden_size=32, hidden_size_mult=(1, 2, 1, 1), num_res_blocks=1),
+    "shuffle": dataclasses.replace(PRESETS["tiny"], hidden_size=16, hidden_size_mult=(1, 1, 2)),
+}
 NORMS: tuple[NormKind, ...] = ("channel", "frame", "clip")
 RESAMPLERS = {
     "frame_down": FrameDownsample,
@@ -180,3 +194,111 @@ def test_convolutions_compute_in_their_numbers_and_norms_in_those_of_their_weigh
     module.norm2.double()
     assert module(activations().float()).dtype == numbers
     assert_same(module, activations().float().requires_grad_(), rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_half_precision_stays_within_the_rounding_of_the_plain_order(norm: NormKind) -> None:
+    module, x = block(norm).bfloat16(), activations().bfloat16().requires_grad_()
+    y, (expected, wanted) = module(x), plain_gradients(module, x)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, expected)
+    exact = plain_gradients(copy.deepcopy(module).double(), x.detach().double())[1]
+    for name, gradient in gradients(module, x, y).items():
+        assert gradient.dtype == torch.bfloat16, name
+        size = exact[name].norm()
+        ours, theirs = (float((g.double() - exact[name]).norm() / size) for g in (gradient, wanted[name]))
+        assert ours <= max(1.5 * theirs, 2**-7), name  # bf16 has 8 bits
+
+
+def test_without_a_gradient_a_block_gives_the_same_bits() -> None:
+    for norm in NORMS:
+        module, x = block(norm).float(), activations().float()
+        with torch.no_grad():
+            assert torch.equal(module(x), module(x, whole_clip()))
+        assert torch.equal(module(x), module(x, whole_clip()))
+
+
+def training(config: CausalVAEConfig, *, recompute: bool) -> TrainState:
+    """A training whose every branch has a gradient."""
+    vae = build(config, seed=2)
+    with torch.no_grad():
+        for name, parameter in vae.named_parameters():
+            parameter.add_(0.02 * rng.normal(parameter.shape, rng.key("moved", name)))
+    lay_out(vae)
+    set_recompute(vae, on=recompute)
+    critic = build_critic("patchgan3d", base=5, ndf=8)
+    optimizers = [build_optimizer(net.named_parameters(), kind="adamw", lr=1e-3) for net in (vae, critic)]
+    logvar = nn.Parameter(torch.zeros(()), requires_grad=False)
+    return TrainState(vae, {}, critic, logvar, optimizers[0], optimizers[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "parts"), [("conv", 1), ("shuffle", 1), ("shuffle", 2)])
+def test_a_training_that_recomputes_gives_the_same_bits(name: str, parts: int) -> None:
+    clip = 0.5 * rng.normal((2, 3, 8, 16, 16), 11)
+    weights: list[dict[str, Tensor]] = []
+    for recompute in (False, True):
+        state = training(SMALL[name], recompute=recompute)
+        noise = rng.normal((2, *state.vae.geometry.latent_shape(8, 16, 16)), 12)
+        done = train_step(state, clip, noise, loss=LossPlan(), critic_loss="hinge", parts=parts)
+        assert done.applied
+        weights.append(state.vae.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_gradient_of_the_last_layer_reads_nothing_that_other_layers_kept(*, recompute: bool) -> None:
+    vae = training(SMALL["conv"], recompute=recompute).vae
+    read: list[torch.Size] = []
+
+    def unpack(tensor: Tensor) -> Tensor:
+        read.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+        recon, _ = vae(rng.normal((1, 3, 5, 16, 16), 3), None)
+    for _ in range(2):
+        read.clear()
+        torch.autograd.grad(recon, vae.last_layer.get_parameter("weight"), recon, retain_graph=True)
+        assert read.count(torch.Size([1, 32, 7, 16, 16])) == 1  # the window of the last layer
+        assert len(read) <= 2
+
+
+def kept_bytes(vae: CausalVAE, run: Callable[[], object]) -> int:
+    """What autograd saves, each storage once, weights left out."""
+    weights = {p.untyped_storage()._cdata for p in vae.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        held = run()
+    total = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
+    del held
+    return total
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_published_layout_keeps_a_small_share_of_the_published_bytes(norm: NormKind) -> None:
+    with torch.device("meta"):
+        vae = CausalVAE(dataclasses.replace(PRESETS["causalvae-488"], norm=norm))
+        x = torch.empty(1, 3, 17, 256, 256).contiguous(memory_format=torch.channels_last_3d)
+        noise = torch.empty(1, *vae.geometry.latent_shape(17, 256, 256))
+        for recompute, share in ((False, 0.27), (True, 0.10)):
+            set_recompute(vae, on=recompute)
+            assert kept_bytes(vae, lambda: vae(x, noise)) / x.numel() < share * PUBLISHED
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # torch.compile warns about the way it traces functions of autograd
+def test_a_compiled_block_gives_the_gradients_of_the_eager_one() -> None:
+    eager = block("frame").float()
+    compiled = copy.deepcopy(eager)
+    compiled.compile(fullgraph=True)
+    x = activations(batch=1, frames=3).float().requires_grad_()
+    expected, y = gradients(eager, x, eager(x)), compiled(x)
+    for name, gradient in gradients(compiled, x, y).items():
+        scale = max(1.0, float(expected[name].abs().max()))
+        assert float((gradient - expected[name]).abs().max()) < 1e-5 * scale, name

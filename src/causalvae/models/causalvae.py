@@ -144,10 +144,11 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor, stream: Stream | None) -> Tensor:
         """b c k h w -> b 3 t 8h 8w."""
+        h = self.conv_in(z, stream)
         if self.recompute and not keeps_nothing(stream):
-            h = run_in_chains([self.conv_in, *_in_order([self.mid, *reversed(self.up)])], z)
+            h = run_in_chains(_in_order([self.mid, *reversed(self.up)]), h)
         else:
-            h = self.mid(self.conv_in(z, stream), stream)
+            h = self.mid(h, stream)
             for level in reversed(self.up):
                 h = level(h, stream)
         if self.norm_out is not None:

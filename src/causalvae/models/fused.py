@@ -270,7 +270,7 @@ class BlockStep(NamedTuple):
         dshort, dshortcut = grad.to(x.dtype), []
         if self.shortcut is not None:
             dshort, dshortcut = self.shortcut.pull(x, weights[8:], grad=grad, needs=(needs[0], *needs[9:]))
-        total = dx + dshort if dx is not None and dshort is not None else None
+        total = dshort + dx if dx is not None and dshort is not None else None
         return total, [*dfirst, *dsecond, *dshortcut]
 
 
