@@ -11,6 +11,7 @@ from test_step import LOSS, SHUFFLE, batch, state_of, tensors_of
 from torch import Tensor, nn
 
 from causalvae.losses import LossPlan
+from causalvae.rundir import RunDir
 from causalvae.train.optim import clip_by_unit, optimizer_tensors
 from causalvae.train.stability import LevelOff, rollback_step
 from causalvae.train.state import TrainState, read_counters
@@ -145,7 +146,32 @@ def test_a_run_killed_before_or_after_it_saved_its_rollback_ends_as_the_one_neve
 
 
 def test_a_run_goes_back_to_a_step_that_it_saves_whether_it_was_stopped_or_not() -> None:
-    assert rollback_step([10, 20], save_steps=10) == 20
-    assert rollback_step([10, 20, 23], save_steps=10) == 20  # 23 was saved because of a signal
-    assert rollback_step([23, 27], save_steps=10) == 27
-    assert rollback_step([], save_steps=10) is None
+    assert rollback_step([10, 20], before=25, save_steps=10) == 20
+    assert rollback_step([10, 20, 23], before=25, save_steps=10) == 20  # 23 was saved because of a signal
+    assert rollback_step([23, 27], before=29, save_steps=10) == 27
+
+
+def test_a_run_does_not_go_back_to_the_weights_that_it_has() -> None:
+    assert rollback_step([10, 20], before=20, save_steps=10) == 10
+    assert rollback_step([20], before=20, save_steps=10) is None
+    assert rollback_step([], before=7, save_steps=10) is None
+
+
+def test_checkpoints_after_the_one_gone_back_to_make_room_and_are_kept(tmp_path: Path) -> None:
+    with RunDir(tmp_path / "run") as run:
+        for text in ("first", "second"):
+            for step in (10, 20, 30):
+                with run.stage(step) as folder:
+                    (folder / "state.json").write_text(f"{text} {step}")
+            latest = run.latest()
+            assert latest is not None
+            assert (latest.path / "state.json").read_text() == f"{text} 30"
+            run.set_aside_after(10)
+            latest = run.latest()
+            assert latest is not None
+            assert latest.step == 10
+        assert run.warnings == []
+    folders = tmp_path / "run" / "checkpoints"
+    names = {"step-00000010", *(f"step-000000{n}.diverged-{k}" for n in (20, 30) for k in (1, 2))}
+    assert {item.name for item in folders.iterdir()} == names
+    assert (folders / "step-00000030.diverged-2" / "state.json").read_text() == "second 30"
