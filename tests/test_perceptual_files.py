@@ -280,6 +280,5 @@ def test_training_with_a_network_lowers_its_distance_on_a_clip_that_was_held_out
         distance_after(0, steps=40),
         distance_after(1, steps=40),
     )
-    print(start, without, with_it)
     assert with_it < 0.9 * without
     assert with_it < 0.8 * start

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from causalvae.geometry import Geometry
 from causalvae.losses import LossPlan
 from causalvae.rundir import RunDir
 from causalvae.train.heldout import evaluate_held_out
-from causalvae.train.optim import learning_rate, set_learning_rate
+from causalvae.train.optim import clip_gradients, learning_rate, set_learning_rate
 from causalvae.train.runlog import RunLog
 from causalvae.train.samples import write_samples
 from causalvae.train.signals import StopRequest
@@ -137,7 +138,7 @@ def _step(training: Training, clips: Clips) -> StepResult:
         loss=training.loss,
         critic_loss=settings.disc_loss if judging else None,
         parts=settings.gradient_accumulation_steps,
-        max_grad_norm=settings.max_grad_norm if settings.clip_grad else None,
+        clipping=partial(clip_gradients, max_norm=settings.max_grad_norm if settings.clip_grad else None),
         ema_decay=settings.ema_decay,
     )
     _report(training, result, clips=clips, rate=rate)
