@@ -94,13 +94,15 @@ def answer(
     plan: LossPlan,
     critic: nn.Module | None,
     last_layer_grad: Callable[[Tensor], Tensor],
+    scale: float = 1.0,
 ) -> Answer:
     """Terms of the whole batch and their gradient at the reconstruction.
 
     recon, clip: b 3 t h w in [-1, 1], real frames only. kl: `kl_loss` of the whole batch. logvar: scalar, log
     of the scale of an error. critic: None before disc_start or without one; its weights get no gradient here.
     last_layer_grad: maps a gradient at recon to that of the last layer's weight, averaged over ranks; asked
-    only with a critic. No argument is changed, but for the running statistics of the critic.
+    only with a critic. scale: of the gradient on its way through the critic; it is in nothing returned.
+    No argument is changed, but for the running statistics of the critic.
     """
     leaf = at_least_fp32(recon.detach()).requires_grad_()
     clip, logvar, kl = at_least_fp32(clip), logvar.detach().clone(), kl.detach()
@@ -110,21 +112,14 @@ def answer(
     total = nll.detach() + plan.kl_weight * kl
     adversarial = weight = None
     if critic is not None:
-        adversarial, adv_grad = judged(leaf, critic)
+        adversarial, adv_grad = judged(leaf, critic, scale=scale)
         pulls = last_layer_grad(grad), last_layer_grad(adv_grad)
         weight = plan.disc_weight * adaptive_weight(*pulls, limit=ADAPTIVE_LIMIT / clip[0, :, 0].numel())
         grad = grad + weight * adv_grad
         total = total + weight * adversarial
-    terms = LossTerms(
-        pixel=pixel,
-        perceptual=perceptual,
-        kl=kl,
-        adversarial=adversarial,
-        adaptive_weight=weight,
-        logvar=logvar,
-        total=total,
-    )
-    return Answer(recon=grad, logvar=1.0 - error.detach() * torch.exp(-logvar), terms=terms)
+    judgement = {"adversarial": adversarial, "adaptive_weight": weight}
+    terms = LossTerms(pixel=pixel, perceptual=perceptual, kl=kl, logvar=logvar, total=total, **judgement)
+    return Answer(grad, 1.0 - error.detach() * torch.exp(-logvar), terms)
 
 
 def reconstruction_error(
@@ -138,23 +133,29 @@ def reconstruction_error(
     return pixel + plan.perceptual_weight * perceptual, pixel.detach(), perceptual.detach()
 
 
-def judged(leaf: Tensor, critic: nn.Module) -> tuple[Tensor, Tensor]:
-    """The adversarial term and its gradient at the reconstruction: a detached scalar, and b 3 t h w."""
+def judged(leaf: Tensor, critic: nn.Module, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The adversarial term and its gradient at the reconstruction: a detached scalar, and b 3 t h w.
+
+    scale: the gradient is that much larger inside the critic, where its numbers may have few bits.
+    """
     adversarial = generator_loss(critic(leaf))
-    (grad,) = torch.autograd.grad(adversarial, leaf)  # at the leaf only: the critic's weights get none
-    return adversarial.detach(), grad
+    (grad,) = torch.autograd.grad(adversarial * scale, leaf)  # the critic's weights get none
+    return adversarial.detach(), grad / scale
 
 
-def critic_backward(critic: nn.Module, clip: Tensor, recon: Tensor, *, kind: CriticLoss) -> Tensor:
+def critic_backward(
+    critic: nn.Module, clip: Tensor, recon: Tensor, *, kind: CriticLoss, scale: float = 1.0
+) -> Tensor:
     """The critic's loss on the whole batch, detached; its gradient is added to that of the critic's weights.
 
     clip, recon: b 3 t h w in [-1, 1]. Real and reconstruction are judged one after the other, as published,
     so that each has its own batch statistics; the graph of the first is gone before the second begins.
+    scale: the gradients are that much larger than those of the loss returned.
     """
     total = clip.new_zeros(())
     for x, real in ((clip, True), (recon, False)):
         loss = verdict_loss(critic(at_least_fp32(x.detach())), kind=kind, real=real)
-        loss.backward()
+        (loss * scale).backward()
         total = total + loss.detach()
     return total
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from causalvae.errors import RunError, WeightsError
 from causalvae.models.causalvae import CausalVAE
-from causalvae.train.optim import load_optimizer_tensors, optimizer_tensors
+from causalvae.train.optim import LossScale, MasterWeights, load_optimizer_tensors, optimizer_tensors
 from causalvae.weights.read import CONFIG_KEY, MODEL_KEY, read_tensors
 
 
@@ -31,6 +31,8 @@ class TrainState:
 
     ema: averaged parameters by name, fp32; empty if there is no average. logvar: log variance of the pixel
     loss, 0-d.
+    masters: what the optimisers update where networks have weights in fewer bits; checkpoints keep them.
+    scale: of the gradients of each network, None for none.
     """
 
     vae: CausalVAE
@@ -41,50 +43,72 @@ class TrainState:
     critic_optimizer: Optimizer | None
     step: int = 0
     cursor: int = 0
+    masters: MasterWeights | None = None
+    critic_masters: MasterWeights | None = None
+    scale: LossScale | None = None
+    critic_scale: LossScale | None = None
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Everything that the generator's optimiser may update, in its order."""
         learned = [("logvar", self.logvar)] if self.logvar.requires_grad else []
-        return [*self.vae.named_parameters(), *learned]
+        return [*(self.masters or self.vae).named_parameters(), *learned]
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """Everything that the critic's optimiser may update."""
+        network = self.critic_masters or self.critic
+        return [] if network is None else [parameter for _, parameter in network.named_parameters()]
 
     @torch.no_grad()
     def update_ema(self, limit: float) -> None:
         """Move the average towards the weights. Called after `step` was raised."""
         if not self.ema:
             return
-        weights = [parameter.detach() for parameter in self.vae.parameters()]
+        weights = [parameter.detach() for _, parameter in (self.masters or self.vae).named_parameters()]
         share = 1.0 - ema_decay_at(self.step, limit)
         torch._foreach_lerp_(list(self.ema.values()), weights, share)  # pyright: ignore[reportPrivateImportUsage]: one call for all
 
     def save(self, folder: Path) -> None:
         """Write weights, averages, optimisers and counters. Refuses what is not finite."""
         config = model_metadata(self.vae)
-        _write(folder / "model.safetensors", self.vae.state_dict(), config)
+        _write(folder / "model.safetensors", _weights(self.vae, self.masters), config)
         if self.ema:
             _write(folder / "ema.safetensors", self.ema, config)
         moments = _prefixed("vae.", optimizer_tensors(self.optimizer))
         if self.critic is not None and self.critic_optimizer is not None:
-            _write(folder / "discriminator.safetensors", self.critic.state_dict(), {})
+            _write(folder / "discriminator.safetensors", _weights(self.critic, self.critic_masters), {})
             moments |= _prefixed("critic.", optimizer_tensors(self.critic_optimizer))
         moments["logvar"] = self.logvar
         _write(folder / "optimizer.safetensors", moments, {})
-        counters = {"step": self.step, "cursor": self.cursor, "threads": torch.get_num_threads()}
+        counters: dict[str, Any] = {  # Any: JSON
+            "step": self.step,
+            "cursor": self.cursor,
+            "threads": torch.get_num_threads(),
+        }
+        for name, scale in self._scales().items():
+            counters[name] = {"value": scale.value, "good": scale.good}
         (folder / "state.json").write_text(json.dumps(counters, indent=1) + "\n")
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, bit for bit. WeightsError if it is not of these networks."""
-        self.vae.load_state_dict(read_tensors(folder / "model.safetensors"), strict=True)
+        _load(self.vae, folder / "model.safetensors", self.masters)
         if self.ema:
             _copy_all(self.ema, read_tensors(folder / "ema.safetensors"))
         moments = read_tensors(folder / "optimizer.safetensors")
         self.logvar.copy_(moments["logvar"])
         load_optimizer_tensors(self.optimizer, _under("vae.", moments))
         if self.critic is not None and self.critic_optimizer is not None:
-            self.critic.load_state_dict(read_tensors(folder / "discriminator.safetensors"), strict=True)
+            _load(self.critic, folder / "discriminator.safetensors", self.critic_masters)
             load_optimizer_tensors(self.critic_optimizer, _under("critic.", moments))
         counters = read_counters(folder)
         self.step, self.cursor = counters["step"], counters["cursor"]
+        for name, scale in self._scales().items():
+            if name in counters:  # else the run had none, and goes on with the first value
+                scale.value, scale.good = counters[name]["value"], counters[name]["good"]
+
+    def _scales(self) -> dict[str, LossScale]:
+        scales = {"loss_scale": self.scale, "critic_loss_scale": self.critic_scale}
+        return {name: scale for name, scale in scales.items() if scale is not None}
 
 
 def read_counters(folder: Path) -> dict[str, Any]:  # Any: JSON
@@ -95,6 +119,18 @@ def read_counters(folder: Path) -> dict[str, Any]:  # Any: JSON
 def model_metadata(vae: CausalVAE) -> dict[str, str]:
     """What a file of weights says about its model, in the safetensors header."""
     return {"format": "pt", MODEL_KEY: type(vae.config).__name__, CONFIG_KEY: json.dumps(asdict(vae.config))}
+
+
+def _weights(network: nn.Module, masters: MasterWeights | None) -> dict[str, Tensor]:
+    """What a checkpoint keeps of a network: its tensors, with masters in the place of lowered weights."""
+    return network.state_dict() | (masters.tensors() if masters is not None else {})
+
+
+def _load(network: nn.Module, path: Path, masters: MasterWeights | None) -> None:
+    tensors = read_tensors(path)
+    network.load_state_dict(tensors, strict=True)
+    if masters is not None:
+        masters.load(tensors)
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
