@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from causalvae.models.build import build
 from causalvae.models.presets import PRESETS
 from causalvae.perceptual import Published, Shelf, build_perceptual, refuse_change
 from causalvae.rng import key, normal
-from causalvae.train.optim import build_optimizer
+from causalvae.train.optim import build_optimizer, clip_gradients
 from causalvae.train.state import TrainState
 from causalvae.train.step import train_step
 
@@ -264,12 +265,13 @@ def test_training_with_a_network_lowers_its_distance_on_a_clip_that_was_held_out
             optimizer=build_optimizer(vae.named_parameters(), kind="adamw", lr=2e-3),
             critic_optimizer=None,
         )
+        clipping = partial(clip_gradients, max_norm=1.0)
         plan = LossPlan(perceptual=judge.module if weight else None, perceptual_weight=weight)
         for step in range(steps):
             clip = film(numbers=range(2 * step % 30, 2 * step % 30 + 5), size=64).transpose(0, 1)[None]
             shape = vae.geometry.latent_shape(5, 64, 64)
             noise = normal((1, *shape), key("noise", step))
-            assert train_step(state, clip, noise, loss=plan, critic_loss=None, max_grad_norm=1.0).applied
+            assert train_step(state, clip, noise, loss=plan, critic_loss=None, clipping=clipping).applied
         with torch.no_grad():
             recon, _ = vae(held_out, None)
         frames = (x.transpose(1, 2).flatten(0, 1) for x in (recon, held_out))

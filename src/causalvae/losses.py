@@ -126,13 +126,15 @@ def answer(
     plan: LossPlan,
     critic: nn.Module | None,
     last_layer_grad: Callable[[Tensor], Tensor],
+    scale: float = 1.0,
 ) -> Answer:
     """Terms of the whole batch and their gradient at the reconstruction.
 
     recon, clip: b 3 t h w in [-1, 1], real frames only. kl: `kl_loss` of the whole batch. logvar: scalar, log
     of the scale of an error. critic: None before disc_start or without one; its weights get no gradient here.
     last_layer_grad: maps a gradient at recon to that of the last layer's weight, averaged over ranks; asked
-    only with a critic. No argument is changed, but for the running statistics of the critic.
+    only with a critic. scale: of the gradient on its way through the critic; it is in nothing returned.
+    No argument is changed, but for the running statistics of the critic.
     """
     leaf = at_least_fp32(recon.detach()).requires_grad_()
     clip, logvar, kl = at_least_fp32(clip), logvar.detach().clone(), kl.detach()
@@ -142,21 +144,14 @@ def answer(
     total = nll.detach() + plan.kl_weight * kl
     adversarial = weight = None
     if critic is not None:
-        adversarial, adv_grad = judged(leaf, critic)
+        adversarial, adv_grad = judged(leaf, critic, scale=scale)
         pulls = last_layer_grad(grad), last_layer_grad(adv_grad)
         weight = plan.disc_weight * adaptive_weight(*pulls, limit=ADAPTIVE_LIMIT / clip[0, :, 0].numel())
         grad = grad + weight * adv_grad
         total = total + weight * adversarial
-    terms = LossTerms(
-        pixel=pixel,
-        perceptual=perceptual,
-        kl=kl,
-        adversarial=adversarial,
-        adaptive_weight=weight,
-        logvar=logvar,
-        total=total,
-    )
-    return Answer(recon=grad, logvar=1.0 - error.detach() * torch.exp(-logvar), terms=terms)
+    judgement = {"adversarial": adversarial, "adaptive_weight": weight}
+    terms = LossTerms(pixel=pixel, perceptual=perceptual, kl=kl, logvar=logvar, total=total, **judgement)
+    return Answer(grad, 1.0 - error.detach() * torch.exp(-logvar), terms)
 
 
 def reconstruction_error(
@@ -170,11 +165,14 @@ def reconstruction_error(
     return pixel + plan.perceptual_weight * perceptual, pixel.detach(), perceptual.detach()
 
 
-def judged(leaf: Tensor, critic: nn.Module) -> tuple[Tensor, Tensor]:
-    """The adversarial term and its gradient at the reconstruction: a detached scalar, and b 3 t h w."""
+def judged(leaf: Tensor, critic: nn.Module, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The adversarial term and its gradient at the reconstruction: a detached scalar, and b 3 t h w.
+
+    scale: the gradient is that much larger inside the critic, where its numbers may have few bits.
+    """
     adversarial = generator_loss(critic(leaf))
-    (grad,) = torch.autograd.grad(adversarial, leaf)  # at the leaf only: the critic's weights get none
-    return adversarial.detach(), grad
+    (grad,) = torch.autograd.grad(adversarial * scale, leaf)  # the critic's weights get none
+    return adversarial.detach(), grad / scale
 
 
 def critic_backward(
@@ -186,15 +184,17 @@ def critic_backward(
     averages: Tensor | None = None,
     lecam_weight: float = 0.0,
     r1_weight: float = 0.0,
+    scale: float = 1.0,
 ) -> CriticTerms:
     """What the critic says of the whole batch; the gradient of its loss is added to that of its weights.
 
     clip, recon: b 3 t h w in [-1, 1]. Real and reconstruction are judged one after the other, as published,
     so that each has its own batch statistics; the graph of the first is gone before the second begins.
     averages: what `moved_averages` made of earlier batches; without any, LeCam has no anchors and no term.
+    scale: the gradients are that much larger than those of the loss.
     """
     of_real, of_fake = lecam_anchors(averages) if lecam_weight > 0 else (None, None)
-    judge = partial(_judge, critic, kind=kind, lecam_weight=lecam_weight)
+    judge = partial(_judge, critic, kind=kind, lecam_weight=lecam_weight, scale=scale)
     real = judge(clip, real=True, anchor=of_fake, r1_weight=r1_weight)
     fake = judge(recon, real=False, anchor=of_real, r1_weight=0.0)
     return CriticTerms(
@@ -228,6 +228,7 @@ def _judge(
     anchor: Tensor | None,
     lecam_weight: float,
     r1_weight: float,
+    scale: float,
 ) -> _Verdict:
     """One forward and backward of the critic. x: b 3 t h w. anchor: the average logit of the other kind."""
     x = at_least_fp32(x.detach()).requires_grad_(r1_weight > 0)
@@ -241,7 +242,7 @@ def _judge(
     if r1_weight > 0:
         r1 = gradient_penalty(logits, x)
         objective = objective + 0.5 * r1_weight * r1
-    objective.backward()
+    (objective * scale).backward()
     said = logits.detach()
     return _Verdict(
         loss=loss.detach(),
