@@ -31,7 +31,8 @@ weights.names  weights.pytorch  weights.mindspore  weights.diffusers  weights.re
 losses  metrics
 infer
 evaluate  export
-train.precision  train.optim  train.parallel  train.plan  train.signals  train.samples  train.debug  train.compiling
+train.precision  train.optim  train.parallel  train.plan  train.signals  train.samples
+train.debug  train.compiling
 train.state  train.replay  train.runlog  train.step  train.parts  train.trainer
 report  explain  doctor  demo
 cli

@@ -168,14 +168,14 @@ class Watch(TorchDispatchMode):
         before = {x.grad_fn for x in _tensors(inputs)} - set(waiting)
         while waiting:
             node = waiting.pop()
-            if node is not None and node not in before and PLACE not in node.metadata:
-                node.metadata[PLACE] = self._modules[module]
+            if node is not None and node not in before and PLACE not in _notes(node):
+                _notes(node)[PLACE] = self._modules[module]
                 waiting += [each for each, _ in node.next_functions]
 
     def __torch_dispatch__(
         self,
         func: torch._ops.OpOverload,
-        types: Any,
+        types: Any,  # Any: torch's protocol
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
@@ -205,7 +205,7 @@ class Watch(TorchDispatchMode):
         if node is not None and module:
             direction = "recomputed"
         elif node is not None:
-            module = node.metadata.get(PLACE, "")
+            module = _notes(node).get(PLACE, "")
         owners = [self._owners.get(_storage(x), "") for x in ([bad] if update else kept)]
         module = next((each for each in owners if each and each.startswith(module)), module)
         inputs = tuple(TensorFacts.of(x) for x in kept if x.is_floating_point())
@@ -253,6 +253,11 @@ def _self_of(frame: FrameType) -> nn.Module | None:
     """The module whose code a frame runs."""
     owner = frame.f_locals.get("self")
     return owner if isinstance(owner, nn.Module) else None
+
+
+def _notes(node: Any) -> dict[str, str]:  # Any: in torch's stubs the metadata of a node is a method
+    """What can be written on a node of the graph, and read when it runs backward."""
+    return node.metadata
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:  # Any: arguments and results nest
