@@ -33,9 +33,9 @@ weights.names  weights.pytorch  weights.mindspore  weights.diffusers  weights.re
 losses  metrics  perceptual
 infer
 evaluate  export
-train.precision  train.optim  train.stability  train.parallel  train.plan
+train.precision  train.optim  train.stability  train.compiling  train.debug  train.parallel  train.plan
 train.signals  train.samples  train.heldout
-train.state  train.runlog  train.step  train.parts  train.loop  train.trainer
+train.state  train.runlog  train.replay  train.step  train.parts  train.loop  train.trainer
 report  explain  doctor  demo
 cli
 """
