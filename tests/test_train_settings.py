@@ -34,6 +34,7 @@ BASE: dict[str, Any] = {  # Any: values of any flag
     "lr_warmup_steps": 0,
     "disc_start": 1,
     "log_steps": 1,
+    "perceptual": "none",
 }
 OTHER_SETTINGS: list[dict[str, Any]] = [
     {"optim": "lion", "loss_type": "huber", "use_ema": False, "disc_type": "none", "video_num_frames": 1},

@@ -161,7 +161,9 @@ class TrainSettings:
         help="decay of that average, reached by (1 + n) / (10 + n)")
 
     loss_type: Literal["l1", "l2", "huber"] = setting("l1", LOSS, help="the error of pixels")
-    perceptual: str = setting("auto", LOSS, help="auto, none, or the path of perceptual weights")
+    perceptual: str = setting("auto", LOSS,
+        help="the network of the perceptual term: auto is LPIPS, fetched once, or none with a warning; none, "
+        "lpips-vgg, lpips-alex, lpips-squeeze, efficientnet-lite0, or a file or folder of yours")
     perceptual_weight: float = setting(1.0, LOSS, limits=AT_LEAST_0, help="weight of the perceptual term")
     kl_weight: float = setting(1e-6, LOSS, limits=AT_LEAST_0, help="weight of the KL term")
     logvar_init: float = setting(0.0, LOSS, help="log variance of the reconstruction error at the start")
@@ -332,7 +334,6 @@ Rule = tuple[str, Callable[[TrainSettings], bool], str]  # flags, whether the ru
 NOT_AVAILABLE: tuple[Rule, ...] = (
     ("mode", lambda s: s.mode == 1, "leave it out to train"),
     ("memory", lambda s: s.memory != AUTO_MEMORY, "use auto"),
-    ("perceptual", lambda s: s.perceptual not in ("auto", "none"), "use none"),
     (
         "optim",
         lambda s: s.optim == "adamw8bit" and not _installed("bitsandbytes"),
@@ -366,7 +367,7 @@ NO_EFFECT: tuple[Rule, ...] = (
         lambda s: s.disc_type == "none",
         "--disc_type is none",
     ),
-    ("perceptual_weight", lambda s: s.perceptual in ("auto", "none"), "the run has no perceptual term"),
+    ("perceptual_weight", lambda s: s.perceptual == "none", "the run has no perceptual term"),
 )
 
 

@@ -42,13 +42,15 @@ CRITICS = {"patchgan2d": PatchGAN2d, "patchgan3d": PatchGAN3d}
 class LossPlan:
     """What the answer is made of; weights have their published meaning.
 
-    perceptual: (recon, clip), each (b t) 3 h w in [-1, 1] -> one value per frame, (b t) 1 1 1.
+    perceptual: (recon, clip), each n 3 h w in [-1, 1] -> one value per frame, n 1 1 1.
+    perceptual_frames: how many frames it is given at once, which bounds its memory.
     lecam_weight, r1_weight: of the critic's own regularisers, `critic_backward`.
     """
 
     kind: PixelKind = "l1"
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
     perceptual_weight: float = 1.0
+    perceptual_frames: int = 8
     kl_weight: float = 1e-6
     disc_weight: float = 0.5
     lecam_weight: float = 0.0
@@ -124,13 +126,15 @@ def answer(
     plan: LossPlan,
     critic: nn.Module | None,
     last_layer_grad: Callable[[Tensor], Tensor],
+    scale: float = 1.0,
 ) -> Answer:
     """Terms of the whole batch and their gradient at the reconstruction.
 
     recon, clip: b 3 t h w in [-1, 1], real frames only. kl: `kl_loss` of the whole batch. logvar: scalar, log
     of the scale of an error. critic: None before disc_start or without one; its weights get no gradient here.
     last_layer_grad: maps a gradient at recon to that of the last layer's weight, averaged over ranks; asked
-    only with a critic. No argument is changed, but for the running statistics of the critic.
+    only with a critic. scale: of the gradient on its way through the critic; it is in nothing returned.
+    No argument is changed, but for the running statistics of the critic.
     """
     leaf = at_least_fp32(recon.detach()).requires_grad_()
     clip, logvar, kl = at_least_fp32(clip), logvar.detach().clone(), kl.detach()
@@ -140,21 +144,14 @@ def answer(
     total = nll.detach() + plan.kl_weight * kl
     adversarial = weight = None
     if critic is not None:
-        adversarial, adv_grad = judged(leaf, critic)
+        adversarial, adv_grad = judged(leaf, critic, scale=scale)
         pulls = last_layer_grad(grad), last_layer_grad(adv_grad)
         weight = plan.disc_weight * adaptive_weight(*pulls, limit=ADAPTIVE_LIMIT / clip[0, :, 0].numel())
         grad = grad + weight * adv_grad
         total = total + weight * adversarial
-    terms = LossTerms(
-        pixel=pixel,
-        perceptual=perceptual,
-        kl=kl,
-        adversarial=adversarial,
-        adaptive_weight=weight,
-        logvar=logvar,
-        total=total,
-    )
-    return Answer(recon=grad, logvar=1.0 - error.detach() * torch.exp(-logvar), terms=terms)
+    judgement = {"adversarial": adversarial, "adaptive_weight": weight}
+    terms = LossTerms(pixel=pixel, perceptual=perceptual, kl=kl, logvar=logvar, total=total, **judgement)
+    return Answer(grad, 1.0 - error.detach() * torch.exp(-logvar), terms)
 
 
 def reconstruction_error(
@@ -164,15 +161,18 @@ def reconstruction_error(
     pixel = pixel_loss(leaf, clip, kind=plan.kind)
     if plan.perceptual is None:
         return pixel, pixel.detach(), None
-    perceptual = perceptual_loss(leaf, clip, metric=plan.perceptual)
+    perceptual = perceptual_loss(leaf, clip, metric=plan.perceptual, frames_at_once=plan.perceptual_frames)
     return pixel + plan.perceptual_weight * perceptual, pixel.detach(), perceptual.detach()
 
 
-def judged(leaf: Tensor, critic: nn.Module) -> tuple[Tensor, Tensor]:
-    """The adversarial term and its gradient at the reconstruction: a detached scalar, and b 3 t h w."""
+def judged(leaf: Tensor, critic: nn.Module, *, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The adversarial term and its gradient at the reconstruction: a detached scalar, and b 3 t h w.
+
+    scale: the gradient is that much larger inside the critic, where its numbers may have few bits.
+    """
     adversarial = generator_loss(critic(leaf))
-    (grad,) = torch.autograd.grad(adversarial, leaf)  # at the leaf only: the critic's weights get none
-    return adversarial.detach(), grad
+    (grad,) = torch.autograd.grad(adversarial * scale, leaf)  # the critic's weights get none
+    return adversarial.detach(), grad / scale
 
 
 def critic_backward(
@@ -184,15 +184,17 @@ def critic_backward(
     averages: Tensor | None = None,
     lecam_weight: float = 0.0,
     r1_weight: float = 0.0,
+    scale: float = 1.0,
 ) -> CriticTerms:
     """What the critic says of the whole batch; the gradient of its loss is added to that of its weights.
 
     clip, recon: b 3 t h w in [-1, 1]. Real and reconstruction are judged one after the other, as published,
     so that each has its own batch statistics; the graph of the first is gone before the second begins.
     averages: what `moved_averages` made of earlier batches; without any, LeCam has no anchors and no term.
+    scale: the gradients are that much larger than those of the loss.
     """
     of_real, of_fake = lecam_anchors(averages) if lecam_weight > 0 else (None, None)
-    judge = partial(_judge, critic, kind=kind, lecam_weight=lecam_weight)
+    judge = partial(_judge, critic, kind=kind, lecam_weight=lecam_weight, scale=scale)
     real = judge(clip, real=True, anchor=of_fake, r1_weight=r1_weight)
     fake = judge(recon, real=False, anchor=of_real, r1_weight=0.0)
     return CriticTerms(
@@ -226,6 +228,7 @@ def _judge(
     anchor: Tensor | None,
     lecam_weight: float,
     r1_weight: float,
+    scale: float,
 ) -> _Verdict:
     """One forward and backward of the critic. x: b 3 t h w. anchor: the average logit of the other kind."""
     x = at_least_fp32(x.detach()).requires_grad_(r1_weight > 0)
@@ -239,7 +242,7 @@ def _judge(
     if r1_weight > 0:
         r1 = gradient_penalty(logits, x)
         objective = objective + 0.5 * r1_weight * r1
-    objective.backward()
+    (objective * scale).backward()
     said = logits.detach()
     return _Verdict(
         loss=loss.detach(),
@@ -267,13 +270,30 @@ def pixel_loss(recon: Tensor, clip: Tensor, *, kind: PixelKind) -> Tensor:
     return measures[kind](recon, clip)
 
 
-def perceptual_loss(recon: Tensor, clip: Tensor, *, metric: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def perceptual_loss(
+    recon: Tensor, clip: Tensor, *, metric: Callable[[Tensor, Tensor], Tensor], frames_at_once: int
+) -> Tensor:
     """Mean over frames of a perceptual metric. recon, clip: b 3 t h w in [-1, 1].
 
     The published code adds a frame's metric to the error of each of its values, so the means add up too.
+    The metric judges each frame by itself, so its gradient is taken slice by slice and one slice's graph is
+    alive at a time. The result has a first derivative at recon, and no second one.
     """
-    frames = [x.transpose(1, 2).flatten(0, 1) for x in (recon, clip)]  # b c t h w -> (b t) c h w
-    return metric(frames[0], frames[1]).mean()
+    pieces = [x.transpose(1, 2).flatten(0, 1).split(frames_at_once) for x in (recon.detach(), clip)]
+    num_frames = recon.shape[0] * recon.shape[2]
+    total, grads = recon.new_zeros(()), []
+    for a, b in zip(*pieces, strict=True):  # n c h w
+        if not recon.requires_grad:
+            total = total + metric(a, b).sum() / num_frames
+            continue
+        a.requires_grad_()
+        value = metric(a, b).sum() / num_frames
+        grads.append(torch.autograd.grad(value, a)[0])
+        total = total + value.detach()
+    if not grads:
+        return total
+    grad = torch.cat(grads).unflatten(0, (recon.shape[0], -1)).transpose(1, 2)  # (b t) c h w -> b c t h w
+    return total + (grad * (recon - recon.detach())).sum()  # adds 0, with the gradient that was found
 
 
 def reconstruction_nll(error: Tensor, *, logvar: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ STATE = "state.json"  # in a full checkpoint; a pruned one has only the weights
 WEIGHTS = ("model.safetensors", "ema.safetensors")  # what pruning leaves
 STEP_FOLDER = re.compile(r"step-([0-9]{8,})")
 RUBBISH = re.compile(r"\..+\.partial")  # what a killed process leaves in the folders of a run
-FOLDERS = (".", "checkpoints", "eval", "samples")
+FOLDERS = (".", "checkpoints", "debug", "eval", "samples")
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems that can't lock
 
 
@@ -190,7 +190,7 @@ class RunDir:
             remove(partial)
             partial.mkdir()
             yield partial
-            _seal(partial, step)
+            seal(partial, step)
             self._publish(partial, final)
         except (OSError, SafetensorError) as error:
             failure = disk_error(error, partial, num_bytes=num_bytes or self._last_size())
@@ -323,7 +323,7 @@ def _holder(lock: int) -> str:
         return "in use by another process"
 
 
-def _seal(folder: Path, step: int) -> None:
+def seal(folder: Path, step: int) -> None:
     """Sync every file, give it the mode that the umask asks for, and write the manifest last.
 
     safetensors makes its files 0600 whatever the umask, so that colleagues could not read them.

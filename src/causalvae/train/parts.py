@@ -25,6 +25,7 @@ from causalvae.machine import Machine, environment, torch_facts
 from causalvae.models.build import build
 from causalvae.models.causalvae import CausalVAE
 from causalvae.models.presets import PRESETS, CausalVAEConfig
+from causalvae.perceptual import Perceptual, Shelf, build_perceptual, refuse_change
 from causalvae.rundir import MANIFEST, Checkpoint, RunDir, damage
 from causalvae.train.optim import build_optimizer
 from causalvae.train.state import TrainState, read_counters
@@ -206,12 +207,46 @@ def clip_plan(settings: TrainSettings) -> ClipPlan:
     )
 
 
-def loss_plan(settings: TrainSettings) -> LossPlan:
+def find_perceptual(settings: TrainSettings, path: Path) -> tuple[Perceptual | None, list[str]]:
+    """The network of the perceptual term for the run in `path`, and what to warn of.
+
+    A run keeps to what it was begun with: ConfigError if that is another network now.
+    """
+    began = _facts_before(settings, path)
+    choice, warnings = settings.perceptual, list[str]()
+    if settings.mode == 2:
+        return None, []
+    if began is not None and choice == "auto" and began["perceptual"] is None:
+        choice, warnings = "none", ["this run was begun without a perceptual term and goes on without"]
+    smallest = min((min(size), size) for _, size in clip_plan(settings).shapes())[1]
+    found, more = build_perceptual(choice, size=smallest, shelf=Shelf.of(os.environ), progress=True)
+    if began is not None:
+        refuse_change(began["perceptual"], found, run=path)
+    return found, warnings + more
+
+
+def _facts_before(settings: TrainSettings, path: Path) -> dict[str, Any] | None:  # Any: JSON
+    """run.json of the run that goes on, or whose checkpoint --resume names; None at a beginning."""
+    if settings.resume not in ("auto", "never") and not (path / "checkpoints").exists():
+        path = Path(settings.resume).absolute().parent.parent
+    file = path / "run.json"
+    return json.loads(file.read_text()) if (path / "checkpoints").exists() and file.exists() else None
+
+
+def loss_plan(settings: TrainSettings, perceptual: Perceptual | None) -> LossPlan:
     """What the reconstruction pays for."""
-    return LossPlan(kind=settings.loss_type, kl_weight=settings.kl_weight, disc_weight=settings.disc_weight)
+    return LossPlan(
+        kind=settings.loss_type,
+        perceptual=None if perceptual is None else perceptual.module,
+        perceptual_weight=settings.perceptual_weight,
+        kl_weight=settings.kl_weight,
+        disc_weight=settings.disc_weight,
+    )
 
 
-def run_facts(source: ClipSource, origin: Origin | None) -> dict[str, Any]:  # Any: JSON
+def run_facts(
+    source: ClipSource, origin: Origin | None, *, perceptual: Perceptual | None
+) -> dict[str, Any]:  # Any: JSON
     """What a run stands on: versions, machine, data and weights."""
     return {
         "causalvae": causalvae.__version__,
@@ -224,5 +259,6 @@ def run_facts(source: ClipSource, origin: Origin | None) -> dict[str, Any]:  # A
         "jit_level": "O0",
         "deterministic": True,
         "weights": None if origin is None else {"file": str(origin.path), "sha256": origin.sha256},
+        "perceptual": None if perceptual is None else perceptual.facts(),
         "dataset": {"name": source.name, "videos": len(source), "fingerprint": source.fingerprint},
     }

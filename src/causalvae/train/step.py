@@ -26,7 +26,7 @@ from causalvae.losses import (
 )
 from causalvae.models.base import Posterior
 from causalvae.models.causalvae import CausalVAE
-from causalvae.train.optim import clip_gradients
+from causalvae.train.optim import LossScale, MasterWeights, clip_gradients, unscale
 from causalvae.train.state import TrainState
 from causalvae.video import at_least_fp32, crop_frames, pad_frames
 
@@ -38,12 +38,15 @@ class StepResult:
     """What a step did. Norms are before clipping, None where nothing was computed.
 
     applied: False when the autoencoder's gradient was not finite and nothing of it was updated.
+    loss_scale, critic_loss_scale: those that were used, not those of the next step.
     """
 
     terms: LossTerms
     grad_norm: float | None
     critic_grad_norm: float | None
     applied: bool
+    loss_scale: float | None = None
+    critic_loss_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -85,18 +88,29 @@ def train_step(
     recon = torch.cat([part.detach() for part in forward.recons])
     answered = _answer(state, forward, recon, clip, loss=loss, critic=critic)
     state.cursor += 1
-    norm = None
+    norm, used = None, _value(state.scale)
     if bool(torch.isfinite(answered.terms.total)):
         _backward(state, forward, x, z, answered=answered, kl_weight=loss.kl_weight, like=clip)
         norm = _update(state, ema_decay=ema_decay, clipping=clipping)
     state.optimizer.zero_grad(set_to_none=True)
     state.skipped = 0 if norm is not None else state.skipped + 1
+    _follow(state.scale, finite=norm is not None)
+    result = StepResult(answered.terms, norm, None, applied=norm is not None, loss_scale=used)
     if norm is None or critic is None or critic_loss is None:
-        return StepResult(answered.terms, norm, None, applied=norm is not None)
-    judged, critic_norm = _critic_update(
-        state, critic, clip, recon, kind=critic_loss, loss=loss, clipping=clipping
-    )
-    return StepResult(replace(answered.terms, **vars(judged)), norm, critic_norm, applied=True)
+        return result
+    critic_scale = _value(state.critic_scale)
+    judged, norm = _critic_update(state, critic, clip, recon, kind=critic_loss, loss=loss, clipping=clipping)
+    terms = replace(answered.terms, **vars(judged))
+    return replace(result, terms=terms, critic_grad_norm=norm, critic_loss_scale=critic_scale)
+
+
+def _value(scale: LossScale | None) -> float | None:
+    return scale.value if scale is not None else None
+
+
+def _follow(scale: LossScale | None, *, finite: bool) -> None:
+    if scale is not None:
+        scale.follow(finite=finite)
 
 
 def _forward(
@@ -136,22 +150,29 @@ def _answer(
     critic: nn.Module | None,
 ) -> Answer:
     weight = state.vae.last_layer.get_parameter("weight")
-    parts = len(forward.recons)
+    parts, scale = len(forward.recons), state.scale.value if state.scale is not None else 1.0
 
     def last_layer_grad(grad: Tensor) -> Tensor:
-        pairs = zip(forward.recons, grad.chunk(parts), strict=True)
+        pairs = zip(forward.recons, (grad * scale).chunk(parts), strict=True)
         pieces = [
             torch.autograd.grad(part, weight, piece.to(part.dtype), retain_graph=True)[0]
             for part, piece in pairs
         ]
-        return torch.stack([at_least_fp32(piece) for piece in pieces]).sum(dim=0)
+        return torch.stack([at_least_fp32(piece) for piece in pieces]).sum(dim=0) / scale
 
     per_clip = torch.cat([posterior.kl().detach() for posterior in forward.posteriors])
     kl = kl_loss(per_clip, values_per_frame=clip[0, :, 0].numel(), num_clips=len(clip))
     if not bool(torch.isfinite(recon).all()):
         critic = None  # it would take the non-finite values into its running statistics
     return answer(
-        recon, clip, kl=kl, logvar=state.logvar, plan=loss, critic=critic, last_layer_grad=last_layer_grad
+        recon,
+        clip,
+        kl=kl,
+        logvar=state.logvar,
+        plan=loss,
+        critic=critic,
+        last_layer_grad=last_layer_grad,
+        scale=scale,
     )
 
 
@@ -165,11 +186,12 @@ def _backward(
     kl_weight: float,
     like: Tensor,
 ) -> None:
-    """Gradients of every learning parameter. like: the clip b 3 t h w, for its sizes."""
+    """Gradients of every learning parameter, times the loss scale. like: the clip b 3 t h w, for sizes."""
+    scale = state.scale.value if state.scale is not None else 1.0
     values, num_clips, frames = like[0, :, 0].numel(), len(like), like.shape[2]
-    pieces = answered.recon.chunk(len(x))
+    pieces = (answered.recon * scale).chunk(len(x))
     if state.logvar.requires_grad:
-        state.logvar.grad = answered.logvar.to(state.logvar.dtype)
+        state.logvar.grad = (answered.logvar * scale).to(state.logvar.dtype)
     for i in range(len(x)):
         if len(x) > 1:
             forward_again = _forward(state.vae, x[i : i + 1], noise[i : i + 1], frames=frames, graph=True)
@@ -177,7 +199,7 @@ def _backward(
         else:
             recon, posterior = forward.recons[0], forward.posteriors[0]
         kl = kl_weight * kl_loss(posterior.kl(), values_per_frame=values, num_clips=num_clips)
-        ends = [(recon, pieces[i].to(recon.dtype)), (kl, torch.ones_like(kl))]
+        ends = [(recon, pieces[i].to(recon.dtype)), (kl, torch.full_like(kl, scale))]
         ends = [
             (end, grad) for end, grad in ends if end.requires_grad
         ]  # kl has no graph if the encoder rests
@@ -187,20 +209,34 @@ def _backward(
 
 def _forget_resting(state: TrainState) -> None:
     """The last layer is always asked for its gradient, by the adaptive weight, though it may not learn."""
-    weight = state.vae.last_layer.get_parameter("weight")
-    if all(weight is not parameter for _, parameter in state.named_parameters()):
-        weight.grad = None
+    weight, learning = state.vae.last_layer.get_parameter("weight"), dict(state.named_parameters())
+    for name, parameter in state.vae.named_parameters():
+        if parameter is weight and name not in learning:
+            weight.grad = None
 
 
 def _update(state: TrainState, *, ema_decay: float, clipping: Clipping) -> float | None:
     """Clip and apply the autoencoder's gradients and move the average; None if they are not finite."""
-    norm = clipping(p for _, p in state.named_parameters())
+    params = [parameter for _, parameter in state.named_parameters()]
+    _finish_gradients(params, state.masters, state.scale)
+    norm = clipping(params)
     if not math.isfinite(norm):
         return None
     state.optimizer.step()
+    if state.masters is not None:
+        state.masters.publish()
     state.step += 1
     state.update_ema(ema_decay)
     return norm
+
+
+def _finish_gradients(
+    params: Sequence[nn.Parameter], masters: MasterWeights | None, scale: LossScale | None
+) -> None:
+    """What the backward pass left becomes the gradient of what the optimiser updates, without the scale."""
+    if masters is not None:
+        masters.take_gradients()
+    unscale(params, scale)
 
 
 def _critic_update(
@@ -214,6 +250,7 @@ def _critic_update(
     clipping: Clipping,
 ) -> tuple[CriticTerms, float | None]:
     assert state.critic_optimizer is not None
+    scale = state.critic_scale
     judged = critic_backward(
         critic,
         clip,
@@ -222,13 +259,19 @@ def _critic_update(
         averages=state.lecam,
         lecam_weight=loss.lecam_weight,
         r1_weight=loss.r1_weight,
+        scale=scale.value if scale is not None else 1.0,
     )
-    norm = clipping(critic.parameters())
+    params = state.critic_parameters()
+    _finish_gradients(params, state.critic_masters, scale)
+    norm = clipping(params)
     finite = math.isfinite(norm)
     if finite:
         state.critic_optimizer.step()
+        if state.critic_masters is not None:
+            state.critic_masters.publish()
         state.lecam = moved_averages(
             state.lecam, real=judged.critic_logit_real, fake=judged.critic_logit_fake
         )
+    _follow(scale, finite=finite)
     state.critic_optimizer.zero_grad(set_to_none=True)
     return judged, norm if finite else None
