@@ -31,7 +31,8 @@ weights.names  weights.pytorch  weights.mindspore  weights.diffusers  weights.re
 losses  metrics
 infer
 evaluate  export
-train.optim  train.convolutions  train.precision  train.parallel  train.plan  train.signals  train.samples  train.heldout
+train.optim  train.convolutions  train.precision  train.parallel  train.plan  train.signals
+train.samples  train.heldout
 train.state  train.runlog  train.step  train.parts  train.loop  train.trainer
 report  explain  doctor  demo
 cli

@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,17 +93,24 @@ class Capability:
     remarks: Mapping[str, str] = field(default_factory=dict)
 
 
-def capability(device: str, variables: Mapping[str, str]) -> Capability:
-    """Try what this device can do. variables: the environment, which may assume bf16."""
+def capability(
+    device: str, variables: Mapping[str, str], *, names: Sequence[str] = ("bf16", "fp16")
+) -> Capability:
+    """Try what this device can do with these numbers; those not asked for count as there.
+
+    variables: the environment, which may assume bf16.
+    """
     import torch
 
     kind = torch.device(device).type
-    missing = {name: why for name in ("bf16", "fp16") if (why := _why_not(name, device)) is not None}
+    missing = {name: why for name in names if (why := _why_not(name, device)) is not None}
     remarks: dict[str, str] = {}
     if "bf16" in missing and variables.get(ASSUME_BF16) == "1":
         remarks["bf16"] = f"{missing.pop('bf16')}; it is used because {ASSUME_BF16} says so, and may be slow"
-    if kind == "cpu" and "fp16" not in missing and (ratio := _time_ratio(torch.float16)) > SLOWEST:
-        remarks["fp16"] = f"fp16 takes {ratio:.1f} times as long as fp32 on this CPU"
+    if kind == "cpu" and "fp16" in names and "fp16" not in missing:
+        ratio = _time_ratio(torch.float16, side=8)  # small: without hardware it is slow
+        if ratio > SLOWEST:
+            remarks["fp16"] = f"fp16 takes {ratio:.1f} times as long as fp32 on this CPU"
     return Capability(missing=missing, remarks=remarks)
 
 
@@ -122,7 +129,7 @@ def _why_not(name: str, device: str) -> str | None:
         return None
     if not set(BF16_FLAGS) & set(_cpu()[1]):
         return f"this CPU has no bf16 (none of {', '.join(BF16_FLAGS)})"
-    ratio = _time_ratio(numbers)
+    ratio = _time_ratio(numbers, side=32)
     return f"bf16 takes {ratio:.1f} times as long as fp32 on this CPU" if ratio > SLOWEST else None
 
 
@@ -140,14 +147,17 @@ def _convolves(device: str, numbers: "torch.dtype") -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in (y, *grads))
 
 
-def _time_ratio(numbers: "torch.dtype") -> float:
-    """Time of a 3D convolution, its backward pass and a matrix product, over that in fp32; on the CPU."""
+def _time_ratio(numbers: "torch.dtype", *, side: int) -> float:
+    """Time of a 3D convolution, its backward pass and a matrix product, over that in fp32; on the CPU.
+
+    side: height and width of the frames.
+    """
     import torch
 
     def seconds(kind: torch.dtype) -> float:
-        x, weight = torch.full((1, 64, 4, 32, 32), 0.1), torch.full((64, 64, 3, 3, 3), 0.1)
+        x, weight = torch.full((1, 64, 4, side, side), 0.1), torch.full((64, 64, 3, 3, 3), 0.1)
         x, weight = (each.to(kind).requires_grad_() for each in (x, weight))
-        square = torch.full((512, 512), 0.1).to(kind)
+        square = torch.full((8 * side, 8 * side), 0.1).to(kind)
         started = time.perf_counter()
         y = torch.conv3d(x, weight, padding=1)
         torch.autograd.grad(y, (x, weight), torch.ones_like(y))
