@@ -20,20 +20,22 @@ LINES = f"""
 errors
 geometry  models.presets
 flags  flagtext  config
-files  rundir  machine
+files  fetch  rundir  machine
 {TORCH_FROM_HERE}
 rng  video
-models.convolution  models.stream  models.layers  models.wavelet  models.base  models.causalvae  models.wfvae
+models.convolution  models.stream  models.norms  models.fused  models.layers
+models.wavelet  models.base  models.causalvae  models.wfvae
 models.start  models.build
-critics.lpips  critics.patchgan  critics.i3d
-data.decode  data.sources  data.transforms  data.clips  data.workers  data.loader  data.encode  data.scan
+critics.lpips  critics.efficientnet  critics.patchgan  critics.regularisers  critics.i3d
+data.decode  data.shards  data.sources  data.transforms
+data.clips  data.workers  data.loader  data.encode  data.scan
 weights.names  weights.pytorch  weights.mindspore  weights.diffusers  weights.read  weights.inflate
-losses  metrics
+losses  metrics  perceptual
 infer
 evaluate  export
-train.optim  train.convolutions  train.precision  train.parallel  train.plan  train.signals
-train.samples  train.heldout
-train.state  train.runlog  train.step  train.parts  train.loop  train.trainer
+train.optim  train.convolutions  train.precision  train.stability  train.compiling  train.debug
+train.parallel  train.plan  train.signals  train.samples  train.heldout
+train.state  train.runlog  train.replay  train.step  train.parts  train.loop  train.trainer
 report  explain  doctor  demo
 cli
 """

@@ -350,7 +350,7 @@ def test_the_seed_command_leads_to_one_warning_for_each_thing_not_available_yet(
 
 
 @pytest.mark.parametrize("argv", [
-    ["--mode", "1"], ["--memory", "lean"], ["--memory", "20GiB"], ["--perceptual", "w.pt"],
+    ["--mode", "1"], ["--memory", "lean"], ["--memory", "20GiB"],
     ["--optim", "adamw8bit"],
 ])  # fmt: skip
 def test_what_nothing_can_stand_in_for_is_refused_as_not_available_yet(argv: list[str]) -> None:
@@ -362,7 +362,8 @@ def test_what_nothing_can_stand_in_for_is_refused_as_not_available_yet(argv: lis
 @pytest.mark.parametrize("argv", [
     ["--max_grad_norm", "2"], ["--use_ema", "False", "--ema_decay", "0.9"], ["--end_learning_rate", "0"],
     ["--disc_type", "none", "--disc_weight", "1"], ["--disc_sync_norm"],
-    ["--agc_factor", "1"], ["--eval_video_path", "held"], ["--perceptual_weight", "2"]
+    ["--agc_factor", "1"], ["--eval_video_path", "held"],
+    ["--perceptual", "none", "--perceptual_weight", "2"]
 ])  # fmt: skip
 def test_a_setting_without_effect_is_told(argv: list[str]) -> None:
     found = notices(*read_settings(TrainSettings, [*VIDEO, *argv]))

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from runs import assert_same_state, metrics, run, words
 
 from causalvae.cli import main
 from causalvae.data.clips import ClipPlan, center_clip
@@ -14,7 +15,6 @@ from causalvae.models.build import build
 from causalvae.models.presets import PRESETS
 from causalvae.train.samples import reconstruct
 from causalvae.weights.read import read_tensors
-from runs import assert_same_state, metrics, run, words
 
 
 def flags(folder: Path, **changes: object) -> list[str]:

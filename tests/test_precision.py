@@ -15,7 +15,7 @@ from causalvae.errors import ConfigError
 from causalvae.losses import LossPlan, build_critic
 from causalvae.machine import Capability
 from causalvae.models.build import build
-from causalvae.models.presets import PRESETS
+from causalvae.models.presets import PRESETS, CausalVAEConfig
 from causalvae.train.convolutions import convolutions
 from causalvae.train.optim import LossScale, build_optimizer, optimizer_tensors
 from causalvae.train.parts import lay_out
@@ -24,6 +24,7 @@ from causalvae.train.state import TrainState
 from causalvae.train.step import StepResult, train_step
 
 SMALL = replace(PRESETS["tiny"], hidden_size=16, hidden_size_mult=(1, 1, 2))
+CONV = CausalVAEConfig(hidden_size=32, hidden_size_mult=(1, 1, 1, 1), num_res_blocks=1)
 FULL, NONE = Capability(), Capability(missing={"bf16": "this CPU has no bf16", "fp16": "nor fp16"})
 LOSS = LossPlan(kl_weight=1e-3)
 LEVELS: list[tuple[PrecisionName, Level]] = [
@@ -37,14 +38,14 @@ def state_of(
     *,
     scale: float | None = None,
     window: int = 1000,
-    norm: CriticNorm = "batch",
+    config: CausalVAEConfig = SMALL,
     keep: tuple[str, ...] = (),
 ) -> TrainState:
     """A training in this precision, on a machine that is said to have all of them."""
     precision = Precision.of(name, level, device="cpu", capability=FULL)
-    vae = build(SMALL, seed=2)
+    vae = build(config, seed=2)
     lay_out(vae)
-    critic = build_critic("patchgan3d", base=5, norm=norm, ndf=8)
+    critic = build_critic("patchgan3d", base=5, ndf=8)
     ema = {key: p.detach().clone() for key, p in vae.named_parameters()}
     masters, critic_masters = lower(vae, precision, keep=keep), lower(critic, precision)
     logvar = nn.Parameter(torch.zeros(()))
@@ -65,14 +66,14 @@ def state_of(
     )
 
 
-def batch(cursor: int) -> tuple[Tensor, Tensor]:
+def batch(cursor: int, *, config: CausalVAEConfig = SMALL) -> tuple[Tensor, Tensor]:
     x = 0.5 * rng.normal((2, 3, 5, 16, 16), rng.key("clip", cursor))
     x = x.contiguous(memory_format=torch.channels_last_3d)
-    return x, rng.normal((2, *SMALL.geometry.latent_shape(5, 16, 16)), rng.key("noise", cursor))
+    return x, rng.normal((2, *config.geometry.latent_shape(5, 16, 16)), rng.key("noise", cursor))
 
 
 def step(state: TrainState, *, parts: int = 1) -> StepResult:
-    x, noise = batch(state.cursor)
+    x, noise = batch(state.cursor, config=state.vae.config)
     return train_step(state, x, noise, loss=LOSS, critic_loss="hinge", parts=parts, ema_decay=0.9)
 
 
@@ -145,6 +146,14 @@ def test_each_level_keeps_what_its_table_says(name: PrecisionName, level: Level,
     assert {tensor.dtype for tensor in moments.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("level", ["O1", "O2", "O3"])
+def test_the_published_layers_have_nearly_the_gradients_of_fp32_at_every_level(level: Level) -> None:
+    exact, low = state_of(config=CONV), state_of("bf16", level, config=CONV)
+    norms = [step(state).grad_norm for state in (exact, low)]
+    assert norms[1] == pytest.approx(norms[0], rel=0.02)  # 0.006 was measured
+    assert step(low).applied
+
+
 def test_masters_remember_updates_that_the_weights_have_no_digits_for(tmp_path: Path) -> None:
     state = state_of("bf16", "O2")
     assert state.masters is not None
@@ -175,7 +184,7 @@ def test_training_with_masters_stays_near_training_in_fp32() -> None:
     exact, low = state_of(), state_of("bf16", "O2")
     results = [[step(state) for _ in range(8)] for state in (exact, low)]
     losses = [[float(result.terms.pixel) for result in each] for each in results]
-    assert losses[1] == pytest.approx(losses[0], rel=0.02)  # 0.004 was measured
+    assert losses[1] == pytest.approx(losses[0], rel=0.004)  # 0.0009 was measured
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])

@@ -101,8 +101,8 @@ class TrainSettings:
     tensorboard: bool = setting(False, LENGTH, on_resume="free", help="write TensorBoard files too")
 
     video_path: str = setting(REQUIRED, INPUT, on_resume="free",
-        help="a folder that is searched for videos, one video, a text, CSV or JSONL list of them, or sample: "
-        "for the clips that come with the package")
+        help="a folder that is searched for videos, one video, a text, CSV or JSONL list, a WebDataset "
+        "pattern such as shard-{000..012}.tar, or sample: for the clips that come with the package")
     video_num_frames: int = setting(17, INPUT, limits=AT_LEAST_1,
         help="frames per clip; the model works on 1 + 4k of them, and other counts are padded inside")
     resolution: Resolution = setting(SQUARE_256, INPUT,  # noqa: RUF009 - frozen
@@ -161,7 +161,9 @@ class TrainSettings:
         help="decay of that average, reached by (1 + n) / (10 + n)")
 
     loss_type: Literal["l1", "l2", "huber"] = setting("l1", LOSS, help="the error of pixels")
-    perceptual: str = setting("auto", LOSS, help="auto, none, or the path of perceptual weights")
+    perceptual: str = setting("auto", LOSS,
+        help="the network of the perceptual term: auto is LPIPS, fetched once, or none with a warning; none, "
+        "lpips-vgg, lpips-alex, lpips-squeeze, efficientnet-lite0, or a file or folder of yours")
     perceptual_weight: float = setting(1.0, LOSS, limits=AT_LEAST_0, help="weight of the perceptual term")
     kl_weight: float = setting(1e-6, LOSS, limits=AT_LEAST_0, help="weight of the KL term")
     logvar_init: float = setting(0.0, LOSS, help="log variance of the reconstruction error at the start")
@@ -332,16 +334,11 @@ Rule = tuple[str, Callable[[TrainSettings], bool], str]  # flags, whether the ru
 NOT_AVAILABLE: tuple[Rule, ...] = (
     ("mode", lambda s: s.mode == 1, "leave it out to train"),
     ("memory", lambda s: s.memory != AUTO_MEMORY, "use auto"),
-    ("perceptual", lambda s: s.perceptual not in ("auto", "none"), "use none"),
     (
         "optim",
         lambda s: s.optim == "adamw8bit" and not _installed("bitsandbytes"),
         "it needs the library bitsandbytes; install it or use adamw",
     ),
-    ("frames", lambda s: s.frames is not None, "use --video_num_frames"),
-    ("resolutions", lambda s: s.resolutions is not None, "use --resolution"),
-    ("image_ratio", lambda s: s.image_ratio > 0, "use 0"),
-    ("train_parts", lambda s: s.train_parts != "all", "use all"),
     ("clip_grad_mode", lambda s: s.clip_grad and s.clip_grad_mode != "norm", "use norm"),
     ("on_divergence", lambda s: s.on_divergence != "stop", "use stop"),
     ("disc_start", lambda s: s.disc_start is None, "give a step"),
@@ -356,6 +353,8 @@ REPLACED: tuple[Rule, ...] = (
     ("jit_level", lambda s: s.jit_level != "O0", "the run is eager, as with O0"),
 )
 NO_EFFECT: tuple[Rule, ...] = (
+    ("video_num_frames", lambda s: s.frames is not None, "--frames says how long clips are"),
+    ("resolution", lambda s: s.resolutions is not None, "--resolutions says how large clips are"),
     ("max_grad_norm clip_grad_mode agc_factor", lambda s: not s.clip_grad, "--clip_grad is False"),
     ("max_grad_norm", lambda s: s.clip_grad and s.clip_grad_mode == "agc", "--clip_grad_mode is agc"),
     ("agc_factor", lambda s: s.clip_grad and s.clip_grad_mode == "norm", "--clip_grad_mode is norm"),
@@ -368,7 +367,7 @@ NO_EFFECT: tuple[Rule, ...] = (
         lambda s: s.disc_type == "none",
         "--disc_type is none",
     ),
-    ("perceptual_weight", lambda s: s.perceptual in ("auto", "none"), "the run has no perceptual term"),
+    ("perceptual_weight", lambda s: s.perceptual == "none", "the run has no perceptual term"),
 )
 
 

@@ -2,7 +2,8 @@
 
 A checkpoint is written aside as `.step-N.partial`, synced, given its manifest last and renamed. Opening takes
 the run's lock and removes what killed processes left. Only `.partial` files and training state past its time
-are ever removed; damaged checkpoints are set aside as `step-N.broken-K`. What is in a checkpoint is not known
+are ever removed; damaged checkpoints are set aside as `step-N.broken-K`, and those after the step that a
+diverged run went back to as `step-N.diverged-K`. What is in a checkpoint is not known
 here, but for the names of the files that stay when the rest is pruned.
 """
 
@@ -31,7 +32,7 @@ STATE = "state.json"  # in a full checkpoint; a pruned one has only the weights
 WEIGHTS = ("model.safetensors", "ema.safetensors")  # what pruning leaves
 STEP_FOLDER = re.compile(r"step-([0-9]{8,})")
 RUBBISH = re.compile(r"\..+\.partial")  # what a killed process leaves in the folders of a run
-FOLDERS = (".", "checkpoints", "eval", "samples")
+FOLDERS = (".", "checkpoints", "debug", "eval", "samples")
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems that can't lock
 
 
@@ -189,7 +190,7 @@ class RunDir:
             remove(partial)
             partial.mkdir()
             yield partial
-            _seal(partial, step)
+            seal(partial, step)
             self._publish(partial, final)
         except (OSError, SafetensorError) as error:
             failure = disk_error(error, partial, num_bytes=num_bytes or self._last_size())
@@ -232,6 +233,15 @@ class RunDir:
                 _prune(checkpoint)
             except OSError as error:
                 self._warn_once(f"{checkpoint.path}: can't be pruned, {error.strerror}; training goes on")
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename checkpoints of later steps to `NAME.diverged-K`: the run went back and saves them anew."""
+        for checkpoint in self.checkpoints():
+            if checkpoint.step > step:
+                try:
+                    _set_aside(checkpoint.path, "diverged")
+                except OSError as error:
+                    raise disk_error(error, checkpoint.path) or error from error
 
     def _warn_once(self, text: str) -> None:
         if text not in self.warnings:
@@ -313,7 +323,7 @@ def _holder(lock: int) -> str:
         return "in use by another process"
 
 
-def _seal(folder: Path, step: int) -> None:
+def seal(folder: Path, step: int) -> None:
     """Sync every file, give it the mode that the umask asks for, and write the manifest last.
 
     safetensors makes its files 0600 whatever the umask, so that colleagues could not read them.
@@ -359,10 +369,10 @@ def _remove_listed(folder: Path) -> None:
     sync(folder)
 
 
-def _set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint to the next free `NAME.broken-K`."""
+def _set_aside(folder: Path, word: str = "broken") -> Path:
+    """Rename a checkpoint that is not to be resumed to the next free `NAME.broken-K`."""
     k = 1
-    while (aside := folder.with_name(f"{folder.name}.broken-{k}")).exists():
+    while (aside := folder.with_name(f"{folder.name}.{word}-{k}")).exists():
         k += 1
     os.rename(folder, aside)
     sync(folder.parent)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from causalvae.geometry import Geometry
 from causalvae.losses import LossPlan
 from causalvae.rundir import RunDir
 from causalvae.train.heldout import evaluate_held_out
-from causalvae.train.optim import learning_rate, set_learning_rate
+from causalvae.train.optim import clip_gradients, learning_rate, set_learning_rate
 from causalvae.train.runlog import RunLog
 from causalvae.train.samples import write_samples
 from causalvae.train.signals import StopRequest
@@ -137,10 +138,10 @@ def _step(training: Training, clips: Clips) -> StepResult:
         loss=training.loss,
         critic_loss=settings.disc_loss if judging else None,
         parts=settings.gradient_accumulation_steps,
-        max_grad_norm=settings.max_grad_norm if settings.clip_grad else None,
+        clipping=partial(clip_gradients, max_norm=settings.max_grad_norm if settings.clip_grad else None),
         ema_decay=settings.ema_decay,
     )
-    _report(training, result, rate=rate, names=[request.video.id for request in clips.requests])
+    _report(training, result, clips=clips, rate=rate)
     return result
 
 
@@ -154,10 +155,15 @@ def draw_noise(geometry: Geometry, shape: Sequence[int], *, seed: int, cursor: i
     return torch.stack(clips)
 
 
-def _report(training: Training, result: StepResult, *, rate: float, names: list[str]) -> None:
+def _report(training: Training, result: StepResult, *, clips: Clips, rate: float) -> None:
+    names = [request.video.id for request in clips.requests]
+    shape = dict(zip(("frames", "height", "width"), clips.pixels.shape[2:], strict=True))
     training.skipped = 0 if result.applied else training.skipped + 1
+    if len(training.plan.shapes()) == 1:
+        shape = {}
     numbers: dict[str, float | None] = {
         "cursor": training.state.cursor,
+        **shape,
         **result.terms.numbers(),
         "learning_rate": rate,
         "grad_norm": result.grad_norm,

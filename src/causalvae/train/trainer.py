@@ -22,10 +22,19 @@ from causalvae.errors import VideoError
 from causalvae.files import redact
 from causalvae.flags import Given
 from causalvae.machine import pick_device
+from causalvae.perceptual import Perceptual
 from causalvae.rundir import Checkpoint, RunDir, run_path
 from causalvae.train.heldout import evaluate_held_out
 from causalvae.train.loop import Training, record, report_held_out, train_until_done
-from causalvae.train.parts import build_state, check_start, clip_plan, loss_plan, run_facts, starting_point
+from causalvae.train.parts import (
+    build_state,
+    check_start,
+    clip_plan,
+    find_perceptual,
+    loss_plan,
+    run_facts,
+    starting_point,
+)
 from causalvae.train.runlog import RunLog
 from causalvae.train.signals import StopRequest, stop_on_signal
 from causalvae.train.state import TrainState
@@ -52,6 +61,7 @@ class _Asked:
     device: torch.device
     source: ClipSource
     held_out: ClipSource | None
+    perceptual: Perceptual | None
     stop: StopRequest
 
 
@@ -70,14 +80,17 @@ def train(
     held_out = open_source(settings.eval_video_path) if settings.eval_video_path is not None else None
     path = run_path(settings.output_dir, settings.exp_name)
     check_start(settings, path)
+    perceptual, more = find_perceptual(settings, path)
+    if perceptual is not None:
+        perceptual.module.to(device)
     with deterministic(), stop_on_signal() as stop, RunDir(path) as run:
         settings, start = starting_point(run, settings, source=source)
         with RunLog(
             run, max_steps=settings.max_steps, log_steps=settings.log_steps, tensorboard=settings.tensorboard
         ) as log:
-            for warning in warnings:
+            for warning in warnings + more:
                 log.warn(warning)
-            asked = _Asked(settings, given, command, device, source, held_out, stop)
+            asked = _Asked(settings, given, command, device, source, held_out, perceptual, stop)
             step = _work(asked, run, log, start=start)
     return RunResult(path, stop.status, step)
 
@@ -96,7 +109,7 @@ def _work(asked: _Asked, run: RunDir, log: RunLog, *, start: Checkpoint | None) 
     facts = {
         "command": redact(asked.command),
         "device": str(asked.device),
-        **run_facts(asked.source, origin),
+        **run_facts(asked.source, origin, perceptual=asked.perceptual),
     }
     record(run, log, facts)
     if state.step >= settings.max_steps:
@@ -143,7 +156,7 @@ def _train(
             log=log,
             state=state,
             loader=loader,
-            loss=loss_plan(settings),
+            loss=loss_plan(settings, asked.perceptual),
             samples=_fixed_clips(source, plan),
             held_out=asked.held_out,
             plan=plan,
