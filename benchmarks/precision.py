@@ -135,9 +135,7 @@ def main() -> None:
 def print_table(rows: list[Row], x: Tensor, remarks: object) -> None:
     """Milliseconds, ratio to fp32, and PSNR with its difference."""
     assert isinstance(remarks, dict)
-    print(
-        "\n| precision | step, ms | of fp32 | PSNR, dB | less than fp32 | skipped |\n|---|---|---|---|---|---|"
-    )
+    print("\n| precision | step, ms | of fp32 | PSNR, dB | below fp32 | skipped |\n|---|---|---|---|---|---|")
     base = psnr(rows[0], x)
     for row in rows:
         timed = [one / two for one, two in zip(row.seconds, rows[0].seconds, strict=True)][UNTIMED:]
