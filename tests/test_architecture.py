@@ -33,8 +33,8 @@ weights.names  weights.pytorch  weights.mindspore  weights.diffusers  weights.re
 losses  metrics  perceptual
 infer
 evaluate  export
-train.precision  train.optim  train.stability  train.compiling  train.debug  train.parallel  train.plan
-train.signals  train.samples  train.heldout
+train.optim  train.convolutions  train.precision  train.stability  train.compiling  train.debug
+train.parallel  train.plan  train.signals  train.samples  train.heldout
 train.state  train.runlog  train.replay  train.step  train.parts  train.loop  train.trainer
 report  explain  doctor  demo
 cli
