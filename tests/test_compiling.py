@@ -29,8 +29,8 @@ expected = step_of(net)
 
 
 def blocks() -> nn.Sequential:
-    """Two blocks of one shape."""
-    net = nn.Sequential(*(ResnetBlock(32, 32, norm="frame") for _ in range(2)))
+    """Two blocks of one shape. Two channels to a group: with one, the gradient of a bias is only rounding."""
+    net = nn.Sequential(*(ResnetBlock(64, 64, norm="frame") for _ in range(2)))
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             offset = 1.0 if parameter.ndim == 1 else 0.0
@@ -40,7 +40,7 @@ def blocks() -> nn.Sequential:
 
 def step_of(net: nn.Module) -> dict[str, Tensor]:
     """Output and gradients of a step."""
-    x = rng.normal((1, 32, 3, 16, 16), 11).requires_grad_()
+    x = rng.normal((1, 64, 3, 8, 8), 11).requires_grad_()
     y = net(x)
     y.square().mean().backward()
     grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
@@ -86,7 +86,7 @@ print("graphs", counters["stats"]["unique_graphs"] + 100 * len(counters["graph_b
     assert done.returncode == 0, done.stderr
     told = {name: float(number) for name, number in (line.split() for line in done.stdout.splitlines())}
     assert told.pop("graphs") == 2  # the probe's, and one for both blocks, without a break
-    assert max(told.values()) < 1e-5  # of the largest value; 8e-7 was measured
+    assert max(told.values()) < 5e-6, told  # of the largest value; 5e-7 was measured
 
 
 @pytest.mark.slow
