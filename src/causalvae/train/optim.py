@@ -1,11 +1,12 @@
-"""Optimisers, their saved state, the learning rate as a function of the step, and gradient norms.
+"""Optimisers, their saved state, master weights, loss scale, learning rate by step, and gradient norms.
 
 Weight decay is decoupled for every optimiser: weights shrink by lr * weight_decay beside the update. The
 state is exported as flat tensors named `parameter.exp_avg`, and comes back bit for bit.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,11 @@ from causalvae.errors import ConfigError, RunError
 
 OptimizerKind = Literal["adamw", "adam", "sgd", "lion", "adamw8bit"]
 Schedule = Literal["constant", "cosine", "cosine_decay", "linear"]
+
+AGC_FACTOR = 0.01  # largest ratio of gradient to weight norm, as published for large batches
+AGC_FLOOR = 1e-3  # smallest weight norm that counts, as published
+SMALLEST_SCALE = 1.0  # below, gradients that overflow are at fault and not the scale
+LARGEST_SCALE = 2.0**24  # above, it would rise only to overflow again
 
 
 def build_optimizer(
@@ -73,7 +79,7 @@ def learning_rate(step: int, *, peak: float, end: float, kind: Schedule, warmup:
     return end + 0.5 * (peak - end) * (1.0 + math.cos(math.pi * done))
 
 
-def clip_gradients(params: Iterable[nn.Parameter], max_norm: float | None) -> float:
+def clip_gradients(params: Iterable[nn.Parameter], max_norm: float | None = None) -> float:
     """Scale gradients down in place so that their joint norm is at most max_norm; return the norm before.
 
     None: only measure. A norm that is not finite is returned and nothing is changed.
@@ -87,9 +93,129 @@ def clip_gradients(params: Iterable[nn.Parameter], max_norm: float | None) -> fl
     return value
 
 
+def clip_by_unit(params: Iterable[nn.Parameter], factor: float = AGC_FACTOR) -> float:
+    """Scale the gradient of each unit in place to at most factor * its weight norm; the joint norm before.
+
+    A unit is one output of a convolution or linear layer, with all its incoming weights; biases, norms and
+    scalars are one unit as a whole. The weight norm counts as AGC_FLOOR at least, so that weights that begin
+    at 0 can leave it. Brock et al., High-Performance Large-Scale Image Recognition (2021), eq. 3. They leave
+    out the last linear layer, a classifier's; the last layers here are convolutions like the others, and are
+    clipped. A joint norm that is not finite is returned and nothing is changed.
+    """
+    with_grad = [p for p in params if p.grad is not None]
+    grads = [p.grad for p in with_grad if p.grad is not None]
+    if not grads:
+        return 0.0
+    norms = [unit_norms(grad) for grad in grads]
+    flat = torch.cat([norm.flatten() for norm in norms])
+    value = float(torch.linalg.vector_norm(flat))
+    if math.isfinite(value):
+        weights = torch.cat([unit_norms(p.detach()).flatten() for p in with_grad])
+        most = factor * weights.clamp(min=AGC_FLOOR)
+        scales = torch.where(flat > most, most / flat, 1.0).split([norm.numel() for norm in norms])
+        for grad, norm, scale in zip(grads, norms, scales, strict=True):
+            grad.mul_(scale.view_as(norm))  # in the gradient's own memory layout
+    return value
+
+
+def unit_norms(tensor: Tensor) -> Tensor:
+    """Norm of each unit, at least fp32: of each index of the first axis, shape n 1 1 ...; 0-d of a vector."""
+    dims = tuple(range(1, tensor.ndim)) if tensor.ndim > 1 else None
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    return torch.linalg.vector_norm(tensor, dim=dims, keepdim=tensor.ndim > 1, dtype=dtype)
+
+
 def all_finite(grads: Iterable[Tensor]) -> bool:
     """Whether no value is infinite or NaN."""
     return math.isfinite(float(torch.nn.utils.get_total_norm(list(grads), norm_type=math.inf)))
+
+
+@dataclass
+class LossScale:
+    """What a loss is multiplied by before its backward pass, so that small gradients survive in few bits.
+
+    value: in force. window: updates in a row after which it doubles. good: those so far.
+    """
+
+    value: float
+    window: int
+    good: int = 0
+
+    def follow(self, *, finite: bool) -> None:
+        """Halve after gradients that were not finite, double after `window` steps that were.
+
+        Stays in [1, 2 ** 24], or on its side of that range if it began outside.
+        """
+        self.good = self.good + 1 if finite else 0
+        if not finite:
+            self.value = max(self.value / 2, min(self.value, SMALLEST_SCALE))
+        elif self.good == self.window:
+            self.value, self.good = min(self.value * 2, max(self.value, LARGEST_SCALE)), 0
+
+
+@torch.no_grad()
+def unscale(params: Iterable[nn.Parameter], scale: LossScale | None) -> None:
+    """Take the loss scale out of the gradients, in place."""
+    grads = [p.grad for p in params if p.grad is not None]
+    if scale is not None and grads:
+        torch._foreach_div_(grads, scale.value)  # pyright: ignore[reportPrivateImportUsage]: one call for all
+
+
+class MasterWeights:
+    """fp32 weights that an optimiser updates, behind those of fewer bits that a network computes with.
+
+    Made of a network in fp32, whose parameters `names` become `numbers`; the others are their own masters.
+    remember: masters keep the digits that the weights have not. False: only the update is in fp32, and what
+    is left of it in `numbers` counts (level O3). Freeze parameters before: a master learns as its weight
+    does.
+    """
+
+    def __init__(
+        self, network: nn.Module, *, names: Collection[str], numbers: torch.dtype, remember: bool = True
+    ) -> None:
+        self.remember = remember
+        self._all: dict[str, nn.Parameter] = dict(network.named_parameters())
+        self._lowered: dict[str, nn.Parameter] = {}  # the network's own, of those that have another master
+        for name in names:
+            weight = self._all[name]
+            before = weight.detach()
+            weight.data = before.to(numbers)
+            master = before.clone() if remember else weight.detach().to(before.dtype)
+            self._all[name] = nn.Parameter(master, requires_grad=weight.requires_grad)
+            self._lowered[name] = weight
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The masters by the names of the network's parameters, in its order."""
+        return list(self._all.items())
+
+    @torch.no_grad()
+    def take_gradients(self) -> None:
+        """Move the weights' gradients to their masters, as fp32. Call it once per update."""
+        for name, weight in self._lowered.items():
+            master = self._all[name]
+            master.grad = None if weight.grad is None else weight.grad.to(master.dtype)
+            weight.grad = None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Give the network the masters' values, rounded to its numbers."""
+        masters = [self._all[name].detach() for name in self._lowered]
+        weights = [weight.detach() for weight in self._lowered.values()]
+        if masters:
+            torch._foreach_copy_(weights, masters)  # pyright: ignore[reportPrivateImportUsage]: one call
+        if masters and not self.remember:
+            torch._foreach_copy_(masters, weights)  # pyright: ignore[reportPrivateImportUsage]: one call
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps in place of the network's weights, by name: masters with memory."""
+        return {name: self._all[name].detach() for name in self._lowered} if self.remember else {}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the weights of a checkpoint, and give them to the network."""
+        for name in self._lowered:
+            self._all[name].copy_(tensors[name])
+        self.publish()
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:

@@ -6,19 +6,31 @@ answered whole, and run forward again with a graph, so that the update is that o
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from causalvae.losses import Answer, CriticLoss, LossPlan, LossTerms, answer, critic_backward, kl_loss
+from causalvae.critics.regularisers import moved_averages
+from causalvae.losses import (
+    Answer,
+    CriticLoss,
+    CriticTerms,
+    LossPlan,
+    LossTerms,
+    answer,
+    critic_backward,
+    kl_loss,
+)
 from causalvae.models.base import Posterior
 from causalvae.models.causalvae import CausalVAE
-from causalvae.train.optim import clip_gradients
+from causalvae.train.optim import LossScale, MasterWeights, clip_gradients, unscale
 from causalvae.train.state import TrainState
 from causalvae.video import at_least_fp32, crop_frames, pad_frames
+
+Clipping = Callable[[Iterable[nn.Parameter]], float]  # changes the gradients of a network, returns their norm
 
 
 @dataclass(frozen=True)
@@ -26,12 +38,15 @@ class StepResult:
     """What a step did. Norms are before clipping, None where nothing was computed.
 
     applied: False when the autoencoder's gradient was not finite and nothing of it was updated.
+    loss_scale, critic_loss_scale: those that were used, not those of the next step.
     """
 
     terms: LossTerms
     grad_norm: float | None
     critic_grad_norm: float | None
     applied: bool
+    loss_scale: float | None = None
+    critic_loss_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,7 @@ def train_step(
     loss: LossPlan,
     critic_loss: CriticLoss | None,
     parts: int = 1,
-    max_grad_norm: float | None = None,
+    clipping: Clipping = clip_gradients,
     ema_decay: float = 0.0,
 ) -> StepResult:
     """One update of the autoencoder, its average and the critic from one batch. The caller sets the
@@ -63,6 +78,7 @@ def train_step(
     clip.
     critic_loss: None leaves the critic out, as before disc_start.
     parts: the batch goes through the autoencoder in this many pieces, one after the other.
+    clipping: of the gradients of each network by itself; by default they are only measured.
     Raises step and cursor of the state as the result asks for.
     """
     critic = state.critic if critic_loss is not None else None
@@ -72,19 +88,29 @@ def train_step(
     recon = torch.cat([part.detach() for part in forward.recons])
     answered = _answer(state, forward, recon, clip, loss=loss, critic=critic)
     state.cursor += 1
-    norm = None
+    norm, used = None, _value(state.scale)
     if bool(torch.isfinite(answered.terms.total)):
         _backward(state, forward, x, z, answered=answered, kl_weight=loss.kl_weight, like=clip)
-        norm = _update(state, ema_decay=ema_decay, max_grad_norm=max_grad_norm)
+        norm = _update(state, ema_decay=ema_decay, clipping=clipping)
     state.optimizer.zero_grad(set_to_none=True)
-    if norm is None:
-        return StepResult(answered.terms, None, None, applied=False)
-    if critic is None or critic_loss is None:
-        return StepResult(answered.terms, norm, None, applied=True)
-    judged, critic_norm = _critic_update(
-        state, critic, clip, recon, kind=critic_loss, max_grad_norm=max_grad_norm
-    )
-    return StepResult(replace(answered.terms, critic=judged), norm, critic_norm, applied=True)
+    state.skipped = 0 if norm is not None else state.skipped + 1
+    _follow(state.scale, finite=norm is not None)
+    result = StepResult(answered.terms, norm, None, applied=norm is not None, loss_scale=used)
+    if norm is None or critic is None or critic_loss is None:
+        return result
+    critic_scale = _value(state.critic_scale)
+    judged, norm = _critic_update(state, critic, clip, recon, kind=critic_loss, loss=loss, clipping=clipping)
+    terms = replace(answered.terms, **vars(judged))
+    return replace(result, terms=terms, critic_grad_norm=norm, critic_loss_scale=critic_scale)
+
+
+def _value(scale: LossScale | None) -> float | None:
+    return scale.value if scale is not None else None
+
+
+def _follow(scale: LossScale | None, *, finite: bool) -> None:
+    if scale is not None:
+        scale.follow(finite=finite)
 
 
 def _forward(
@@ -124,22 +150,29 @@ def _answer(
     critic: nn.Module | None,
 ) -> Answer:
     weight = state.vae.last_layer.get_parameter("weight")
-    parts = len(forward.recons)
+    parts, scale = len(forward.recons), state.scale.value if state.scale is not None else 1.0
 
     def last_layer_grad(grad: Tensor) -> Tensor:
-        pairs = zip(forward.recons, grad.chunk(parts), strict=True)
+        pairs = zip(forward.recons, (grad * scale).chunk(parts), strict=True)
         pieces = [
             torch.autograd.grad(part, weight, piece.to(part.dtype), retain_graph=True)[0]
             for part, piece in pairs
         ]
-        return torch.stack([at_least_fp32(piece) for piece in pieces]).sum(dim=0)
+        return torch.stack([at_least_fp32(piece) for piece in pieces]).sum(dim=0) / scale
 
     per_clip = torch.cat([posterior.kl().detach() for posterior in forward.posteriors])
     kl = kl_loss(per_clip, values_per_frame=clip[0, :, 0].numel(), num_clips=len(clip))
     if not bool(torch.isfinite(recon).all()):
         critic = None  # it would take the non-finite values into its running statistics
     return answer(
-        recon, clip, kl=kl, logvar=state.logvar, plan=loss, critic=critic, last_layer_grad=last_layer_grad
+        recon,
+        clip,
+        kl=kl,
+        logvar=state.logvar,
+        plan=loss,
+        critic=critic,
+        last_layer_grad=last_layer_grad,
+        scale=scale,
     )
 
 
@@ -153,11 +186,12 @@ def _backward(
     kl_weight: float,
     like: Tensor,
 ) -> None:
-    """Gradients of every learning parameter. like: the clip b 3 t h w, for its sizes."""
+    """Gradients of every learning parameter, times the loss scale. like: the clip b 3 t h w, for sizes."""
+    scale = state.scale.value if state.scale is not None else 1.0
     values, num_clips, frames = like[0, :, 0].numel(), len(like), like.shape[2]
-    pieces = answered.recon.chunk(len(x))
+    pieces = (answered.recon * scale).chunk(len(x))
     if state.logvar.requires_grad:
-        state.logvar.grad = answered.logvar.to(state.logvar.dtype)
+        state.logvar.grad = (answered.logvar * scale).to(state.logvar.dtype)
     for i in range(len(x)):
         if len(x) > 1:
             forward_again = _forward(state.vae, x[i : i + 1], noise[i : i + 1], frames=frames, graph=True)
@@ -165,18 +199,44 @@ def _backward(
         else:
             recon, posterior = forward.recons[0], forward.posteriors[0]
         kl = kl_weight * kl_loss(posterior.kl(), values_per_frame=values, num_clips=num_clips)
-        torch.autograd.backward([recon, kl], [pieces[i].to(recon.dtype), torch.ones_like(kl)])
+        ends = [(recon, pieces[i].to(recon.dtype)), (kl, torch.full_like(kl, scale))]
+        ends = [
+            (end, grad) for end, grad in ends if end.requires_grad
+        ]  # kl has no graph if the encoder rests
+        torch.autograd.backward([end for end, _ in ends], [grad for _, grad in ends])
+    _forget_resting(state)
 
 
-def _update(state: TrainState, *, ema_decay: float, max_grad_norm: float | None) -> float | None:
+def _forget_resting(state: TrainState) -> None:
+    """The last layer is always asked for its gradient, by the adaptive weight, though it may not learn."""
+    weight, learning = state.vae.last_layer.get_parameter("weight"), dict(state.named_parameters())
+    for name, parameter in state.vae.named_parameters():
+        if parameter is weight and name not in learning:
+            weight.grad = None
+
+
+def _update(state: TrainState, *, ema_decay: float, clipping: Clipping) -> float | None:
     """Clip and apply the autoencoder's gradients and move the average; None if they are not finite."""
-    norm = clip_gradients((p for _, p in state.named_parameters()), max_grad_norm)
+    params = [parameter for _, parameter in state.named_parameters()]
+    _finish_gradients(params, state.masters, state.scale)
+    norm = clipping(params)
     if not math.isfinite(norm):
         return None
     state.optimizer.step()
+    if state.masters is not None:
+        state.masters.publish()
     state.step += 1
     state.update_ema(ema_decay)
     return norm
+
+
+def _finish_gradients(
+    params: Sequence[nn.Parameter], masters: MasterWeights | None, scale: LossScale | None
+) -> None:
+    """What the backward pass left becomes the gradient of what the optimiser updates, without the scale."""
+    if masters is not None:
+        masters.take_gradients()
+    unscale(params, scale)
 
 
 def _critic_update(
@@ -186,13 +246,32 @@ def _critic_update(
     recon: Tensor,
     *,
     kind: CriticLoss,
-    max_grad_norm: float | None,
-) -> tuple[Tensor, float | None]:
+    loss: LossPlan,
+    clipping: Clipping,
+) -> tuple[CriticTerms, float | None]:
     assert state.critic_optimizer is not None
-    judged = critic_backward(critic, clip, recon, kind=kind)
-    norm = clip_gradients(critic.parameters(), max_grad_norm)
+    scale = state.critic_scale
+    judged = critic_backward(
+        critic,
+        clip,
+        recon,
+        kind=kind,
+        averages=state.lecam,
+        lecam_weight=loss.lecam_weight,
+        r1_weight=loss.r1_weight,
+        scale=scale.value if scale is not None else 1.0,
+    )
+    params = state.critic_parameters()
+    _finish_gradients(params, state.critic_masters, scale)
+    norm = clipping(params)
     finite = math.isfinite(norm)
     if finite:
         state.critic_optimizer.step()
+        if state.critic_masters is not None:
+            state.critic_masters.publish()
+        state.lecam = moved_averages(
+            state.lecam, real=judged.critic_logit_real, fake=judged.critic_logit_fake
+        )
+    _follow(scale, finite=finite)
     state.critic_optimizer.zero_grad(set_to_none=True)
     return judged, norm if finite else None
