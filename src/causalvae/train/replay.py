@@ -61,12 +61,8 @@ def write_replay(
         refused = _save_state(before, partial)
         save_file({"pixels": clips.pixels.cpu().contiguous()}, partial / CLIPS)
         report = {
-            "step": before.step + 1,
-            "cursor": before.cursor,
-            "finding": bad.sentence(),
-            "first_bad": bad.record(),
+            **_report(before, clips=clips, bad=bad),
             "terms": dict(terms),
-            "clips": [asdict(request) for request in clips.requests],
             "settings": dict(settings),
             "state": refused or "as before the step",
         }
@@ -77,6 +73,16 @@ def write_replay(
     except (OSError, SafetensorError) as error:
         raise disk_error(error, partial) or error from error
     return final
+
+
+def _report(before: TrainState, *, clips: Clips, bad: BadPlace) -> dict[str, Any]:  # Any: JSON
+    return {
+        "step": before.step + 1,
+        "cursor": before.cursor,
+        "finding": bad.sentence(),
+        "first_bad": bad.record(),
+        "clips": [asdict(request) for request in clips.requests],
+    }
 
 
 def _save_state(before: TrainState, folder: Path) -> str | None:
