@@ -70,6 +70,9 @@ def values_of(flag: Flag) -> st.SearchStrategy[Any]:
         "end_learning_rate": st.floats(0, 1e-6),
         "start_learning_rate": st.floats(1e-6, 1),
         "eval_steps": st.just(0),
+        "frames": st.lists(st.integers(1, 99), min_size=1, max_size=4).map(tuple) | st.none(),
+        "resolutions": st.lists(st.builds(Resolution, pixels, pixels), min_size=1, max_size=3).map(tuple)
+        | st.none(),
         "config": st.just(None),
     }
     if flag.name in special:
@@ -347,8 +350,8 @@ def test_the_seed_command_leads_to_one_warning_for_each_thing_not_available_yet(
 
 
 @pytest.mark.parametrize("argv", [
-    ["--mode", "1"], ["--mode", "2"], ["--memory", "lean"], ["--memory", "20GiB"], ["--perceptual", "w.pt"],
-    ["--disc_sync_norm"], ["--eval_steps", "5", "--eval_video_path", "held"], ["--optim", "adamw8bit"],
+    ["--mode", "1"], ["--memory", "lean"], ["--memory", "20GiB"],
+    ["--optim", "adamw8bit"],
 ])  # fmt: skip
 def test_what_nothing_can_stand_in_for_is_refused_as_not_available_yet(argv: list[str]) -> None:
     settings, given = read_settings(TrainSettings, [*VIDEO, *argv])
@@ -358,9 +361,23 @@ def test_what_nothing_can_stand_in_for_is_refused_as_not_available_yet(argv: lis
 
 @pytest.mark.parametrize("argv", [
     ["--max_grad_norm", "2"], ["--use_ema", "False", "--ema_decay", "0.9"], ["--end_learning_rate", "0"],
-    ["--disc_type", "none", "--disc_weight", "1"], ["--eval_video_path", "held"], ["--perceptual_weight", "2"]
+    ["--disc_type", "none", "--disc_weight", "1"], ["--disc_sync_norm"],
+    ["--agc_factor", "1"], ["--eval_video_path", "held"],
+    ["--perceptual", "none", "--perceptual_weight", "2"]
 ])  # fmt: skip
 def test_a_setting_without_effect_is_told(argv: list[str]) -> None:
     found = notices(*read_settings(TrainSettings, [*VIDEO, *argv]))
     assert len(found) == 1
     assert "has no effect" in found[0]
+
+
+def test_lists_are_written_with_commas_and_may_have_any_length() -> None:
+    assert read(*VIDEO, "--frames", "1,9,17").frames == (1, 9, 17)
+    assert read(*VIDEO, "--frames", "9").frames == (9,)
+    assert read(*VIDEO, "--resolutions=128,256x448").resolutions == (
+        Resolution(128, 128),
+        Resolution(256, 448),
+    )
+    assert "--frames 1,x" in refused(*VIDEO, "--frames", "1,x")
+    assert "--frames 1,0: must be at least 1" in refused(*VIDEO, "--frames", "1,0")
+    assert "the nearest is 128" in refused(*VIDEO, "--resolutions", "128,130")

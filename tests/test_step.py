@@ -4,6 +4,7 @@ Split = whole, one forward = the published order of work, skipped steps change n
 """
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -14,13 +15,14 @@ from causalvae.critics.patchgan import CriticNorm
 from causalvae.losses import LossPlan, build_critic, critic_loss, generator_loss, kl_loss
 from causalvae.models.build import build
 from causalvae.models.presets import PRESETS, CausalVAEConfig
-from causalvae.train.optim import build_optimizer
+from causalvae.train.optim import build_optimizer, clip_gradients
 from causalvae.train.state import TrainState, ema_decay_at
 from causalvae.train.step import train_step
 from causalvae.video import crop_frames, pad_frames
 
 SHUFFLE = dataclasses.replace(PRESETS["tiny"], hidden_size=16, hidden_size_mult=(1, 1, 2))
 CONV = CausalVAEConfig(hidden_size=32, hidden_size_mult=(1, 1, 1, 1), num_res_blocks=1)
+CLIPPING = partial(clip_gradients, max_norm=1.0)
 LOSS = LossPlan(kl_weight=1e-3)
 
 
@@ -67,9 +69,9 @@ def test_a_batch_split_in_parts_gives_the_update_of_the_whole_batch(
     x, noise = batch(whole, clips=parts)
     one = other = None
     for _ in range(2):
-        one = train_step(whole, x, noise, loss=LOSS, critic_loss="hinge", max_grad_norm=1.0, ema_decay=0.9)
+        one = train_step(whole, x, noise, loss=LOSS, critic_loss="hinge", clipping=CLIPPING, ema_decay=0.9)
         other = train_step(
-            split, x, noise, loss=LOSS, critic_loss="hinge", parts=parts, max_grad_norm=1.0, ema_decay=0.9
+            split, x, noise, loss=LOSS, critic_loss="hinge", parts=parts, clipping=CLIPPING, ema_decay=0.9
         )
     assert one is not None
     assert other is not None

@@ -15,7 +15,7 @@ import causalvae
 from causalvae.data.encode import write_png
 from causalvae.flags import Resolution
 from causalvae.models.build import build
-from causalvae.models.presets import CausalVAEConfig
+from causalvae.models.presets import PRESETS, CausalVAEConfig
 from causalvae.rng import key, normal
 from causalvae.train.state import model_metadata
 from causalvae.train.trainer import RunResult
@@ -34,6 +34,7 @@ BASE: dict[str, Any] = {  # Any: values of any flag
     "lr_warmup_steps": 0,
     "disc_start": 1,
     "log_steps": 1,
+    "perceptual": "none",
 }
 OTHER_SETTINGS: list[dict[str, Any]] = [
     {"optim": "lion", "loss_type": "huber", "use_ema": False, "disc_type": "none", "video_num_frames": 1},
@@ -116,6 +117,45 @@ def test_pictures_train_as_videos_of_one_frame(tmp_path: Path) -> None:
     assert result.step == 2
     assert not (result.path / "quarantine.jsonl").exists()
     assert len(list((result.path / "samples").glob("*.mp4"))) == 2
+
+
+def test_clips_of_several_shapes_and_pictures_train_and_go_on(tmp_path: Path) -> None:
+    mixed: dict[str, Any] = {
+        "frames": (1, 5, 9),
+        "resolutions": (Resolution(32, 32), Resolution(24, 40)),
+        "image_ratio": 0.25,
+    }
+    train(tmp_path / "once", **mixed, max_steps=8)
+    for steps in (3, 8):
+        train(tmp_path / "twice", **mixed, max_steps=steps)
+    assert_same_state(tmp_path / "once", tmp_path / "twice", step=8)
+    lines = [
+        json.loads(line) for line in (tmp_path / "once" / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    shapes = {(line["frames"], line["height"], line["width"]) for line in lines}
+    assert {frames for frames, _, _ in shapes} == {1, 5, 9}
+    assert {(height, width) for _, height, width in shapes} == {(32, 32), (24, 40)}
+
+
+@pytest.mark.parametrize(
+    ("half", "rests"),
+    [("decoder", ("encoder.", "quant_conv.")), ("encoder", ("decoder.", "post_quant_conv."))],
+)
+def test_one_half_learns_and_the_other_keeps_its_weights(
+    tmp_path: Path, half: str, rests: tuple[str, str]
+) -> None:
+    common = {"train_parts": half, "start_learning_rate": 1e-3, "disc_start": 0}
+    before = build(PRESETS["tiny"]).state_dict()
+    train(tmp_path / "once", **common, max_steps=3)
+    for name, tensor in tensors(tmp_path / "once", 3).items():
+        kind, _, key = name.partition("/")
+        if kind in ("model", "ema"):
+            assert torch.equal(tensor, before[key]) == key.startswith(rests), name
+        assert kind != "optimizer" or not key.removeprefix("vae.").startswith(rests), name
+    for steps in (2, 3):
+        train(tmp_path / "twice", **common, max_steps=steps)
+    assert_same_state(tmp_path / "once", tmp_path / "twice", step=3)
+    train(tmp_path / "parts", **common, max_steps=3, gradient_accumulation_steps=2)  # and split in parts
 
 
 def test_two_batches_of_two_give_the_update_of_one_batch_of_four(tmp_path: Path) -> None:

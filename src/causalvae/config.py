@@ -101,12 +101,18 @@ class TrainSettings:
     tensorboard: bool = setting(False, LENGTH, on_resume="free", help="write TensorBoard files too")
 
     video_path: str = setting(REQUIRED, INPUT, on_resume="free",
-        help="a folder that is searched for videos, one video, a text, CSV or JSONL list of them, or sample: "
-        "for the clips that come with the package")
+        help="a folder that is searched for videos, one video, a text, CSV or JSONL list, a WebDataset "
+        "pattern such as shard-{000..012}.tar, or sample: for the clips that come with the package")
     video_num_frames: int = setting(17, INPUT, limits=AT_LEAST_1,
         help="frames per clip; the model works on 1 + 4k of them, and other counts are padded inside")
     resolution: Resolution = setting(SQUARE_256, INPUT,  # noqa: RUF009 - frozen
         help="256 or HxW such as 256x448, multiples of 8; videos are resized to cover it and cropped")
+    frames: tuple[int, ...] | None = setting(None, INPUT, limits=AT_LEAST_1, none_word="none",
+        help="clip lengths such as 1,9,17 that take turns instead of video_num_frames, one for each batch")
+    resolutions: tuple[Resolution, ...] | None = setting(None, INPUT, none_word="none",
+        help="sizes such as 128,256x448 that take turns instead of resolution, one for each batch")
+    image_ratio: float = setting(0.0, INPUT, limits=PART,
+        help="share of batches that are single pictures, taken from the videos and from image files")
     sample_rate: int = setting(1, INPUT, limits=AT_LEAST_1, help="every n-th frame; 1 skips none")
     crop: Literal["random", "center"] = setting("random", INPUT, help="where training clips are cropped")
     flip: bool = setting(True, INPUT, help="mirror half of the training clips")
@@ -119,6 +125,9 @@ class TrainSettings:
         help="weights to start from, told apart by content; a run's own checkpoints win over it")
     model: str = setting("causalvae-488", START,
         help="preset when no checkpoint says otherwise; `causalvae models` lists them")
+
+    train_parts: Literal["all", "decoder", "encoder"] = setting("all", START,
+        help="which half learns; the other keeps its weights")
 
     start_learning_rate: float = setting(1e-5, RATE, limits=ABOVE_0,
         help="peak learning rate of model and critic")
@@ -137,6 +146,13 @@ class TrainSettings:
     weight_decay: float = setting(0.01, RATE, limits=AT_LEAST_0, help="decoupled; not on biases and norms")
     clip_grad: bool = setting(False, RATE, help="clip the gradient norm of each network at max_grad_norm")
     max_grad_norm: float = setting(1.0, RATE, limits=ABOVE_0, help="the largest gradient norm with clip_grad")
+    clip_grad_mode: Literal["norm", "agc"] = setting("norm", RATE,
+        help="what clip_grad does: norm as above; agc clips each unit at agc_factor times its weight's norm")
+    agc_factor: float = setting(0.01, RATE, limits=ABOVE_0,
+        help="the largest gradient of a unit, as a part of its weight's norm, with clip_grad_mode agc")
+    on_divergence: Literal["stop", "rollback"] = setting("stop", RATE, on_resume="free",
+        help="after 20 steps in a row that were not finite: stop, or go back to the last checkpoint with "
+        "half the learning rate")
     gradient_accumulation_steps: int = setting(1, RATE, limits=AT_LEAST_1,
         help="batches per update; the update is that of one large batch")
     use_ema: bool = setting(True, RATE,
@@ -145,18 +161,25 @@ class TrainSettings:
         help="decay of that average, reached by (1 + n) / (10 + n)")
 
     loss_type: Literal["l1", "l2", "huber"] = setting("l1", LOSS, help="the error of pixels")
-    perceptual: str = setting("auto", LOSS, help="auto, none, or the path of perceptual weights")
+    perceptual: str = setting("auto", LOSS,
+        help="the network of the perceptual term: auto is LPIPS, fetched once, or none with a warning; none, "
+        "lpips-vgg, lpips-alex, lpips-squeeze, efficientnet-lite0, or a file or folder of yours")
     perceptual_weight: float = setting(1.0, LOSS, limits=AT_LEAST_0, help="weight of the perceptual term")
     kl_weight: float = setting(1e-6, LOSS, limits=AT_LEAST_0, help="weight of the KL term")
     logvar_init: float = setting(0.0, LOSS, help="log variance of the reconstruction error at the start")
     learn_logvar: bool = setting(False, LOSS, help="learn the log variance")
     disc_type: Literal["patchgan3d", "patchgan2d", "none"] = setting("patchgan3d", LOSS, help="the critic")
-    disc_start: int = setting(5, LOSS, limits=AT_LEAST_0, help="first step with the critic")
+    disc_start: int | None = setting(5, LOSS, limits=AT_LEAST_0, none_word="auto",
+        help="first step with the critic; auto waits until the pixel error has levelled off")
     disc_weight: float = setting(0.5, LOSS, limits=AT_LEAST_0,
         help="weight of the critic's term, times the adaptive one")
     disc_loss: Literal["hinge", "vanilla"] = setting("hinge", LOSS, help="the critic's own loss")
     disc_norm: Literal["batch", "group", "none"] = setting("batch", LOSS,
         help="its norms; batch as published")
+    lecam_weight: float = setting(0.0, LOSS, limits=AT_LEAST_0,
+        help="weight of the critic's LeCam regulariser, which keeps it calm on small datasets")
+    r1_weight: float = setting(0.0, LOSS, limits=AT_LEAST_0,
+        help="weight of the penalty on the critic's gradient at real clips")
     disc_sync_norm: bool = setting(False, LOSS, help="share its batch statistics between processes")
 
     mode: int = setting(0, EXPERT, limits={"at_least": 0, "below": 3}, on_resume="free",
@@ -215,11 +238,12 @@ def _check_model(flags: Mapping[str, Flag], settings: TrainSettings) -> None:
         hint = f"did you mean {guess}?" if guess else f"there are {', '.join(PRESETS)}"
         refuse(flags["model"], settings.model, f"there is no such preset; {hint}")
     factor = PRESETS[settings.model].geometry.spatial
-    size = settings.resolution
-    near = Resolution(*(max(factor, round(side / factor) * factor) for side in (size.height, size.width)))
-    if near != size:
-        why = f"height and width must be multiples of {factor}; the nearest is {near}"
-        refuse(flags["resolution"], size, why)
+    sizes = [("resolution", settings.resolution), *(("resolutions", s) for s in settings.resolutions or ())]
+    for name, size in sizes:
+        near = Resolution(*(max(factor, round(side / factor) * factor) for side in (size.height, size.width)))
+        if near != size:
+            why = f"height and width must be multiples of {factor}; the nearest is {near}"
+            refuse(flags[name], size, why)
 
 
 def warmup_steps(settings: TrainSettings) -> int:
@@ -308,16 +332,18 @@ def _always(settings: TrainSettings) -> bool:  # noqa: ARG001 - a rule's test
 Rule = tuple[str, Callable[[TrainSettings], bool], str]  # flags, whether the rule applies, what to say
 
 NOT_AVAILABLE: tuple[Rule, ...] = (
-    ("mode", lambda s: s.mode != 0, "leave it out to train"),
+    ("mode", lambda s: s.mode == 1, "leave it out to train"),
     ("memory", lambda s: s.memory != AUTO_MEMORY, "use auto"),
-    ("perceptual", lambda s: s.perceptual not in ("auto", "none"), "use none"),
     (
         "optim",
         lambda s: s.optim == "adamw8bit" and not _installed("bitsandbytes"),
         "it needs the library bitsandbytes; install it or use adamw",
     ),
-    ("disc_sync_norm", lambda s: s.disc_sync_norm, "leave it out, or use --disc_norm group"),
-    ("eval_steps", lambda s: s.eval_steps > 0, "use 0"),
+    ("clip_grad_mode", lambda s: s.clip_grad and s.clip_grad_mode != "norm", "use norm"),
+    ("on_divergence", lambda s: s.on_divergence != "stop", "use stop"),
+    ("disc_start", lambda s: s.disc_start is None, "give a step"),
+    ("lecam_weight", lambda s: s.lecam_weight > 0, "use 0"),
+    ("r1_weight", lambda s: s.r1_weight > 0, "use 0"),
 )
 REPLACED: tuple[Rule, ...] = (
     ("precision", lambda s: s.precision in ("bf16", "fp16"), "the run uses fp32"),
@@ -327,16 +353,21 @@ REPLACED: tuple[Rule, ...] = (
     ("jit_level", lambda s: s.jit_level != "O0", "the run is eager, as with O0"),
 )
 NO_EFFECT: tuple[Rule, ...] = (
-    ("max_grad_norm", lambda s: not s.clip_grad, "--clip_grad is False"),
+    ("video_num_frames", lambda s: s.frames is not None, "--frames says how long clips are"),
+    ("resolution", lambda s: s.resolutions is not None, "--resolutions says how large clips are"),
+    ("max_grad_norm clip_grad_mode agc_factor", lambda s: not s.clip_grad, "--clip_grad is False"),
+    ("max_grad_norm", lambda s: s.clip_grad and s.clip_grad_mode == "agc", "--clip_grad_mode is agc"),
+    ("agc_factor", lambda s: s.clip_grad and s.clip_grad_mode == "norm", "--clip_grad_mode is norm"),
+    ("disc_sync_norm", lambda s: s.disc_sync_norm, "the run has one process"),
     ("ema_decay", lambda s: not s.use_ema, "--use_ema is False"),
     ("end_learning_rate lr_decay_steps", lambda s: s.lr_scheduler == "constant", "the rate is constant"),
-    ("eval_video_path", lambda s: s.eval_steps == 0, "--eval_steps is 0"),
+    ("eval_video_path", lambda s: s.eval_steps == 0 and s.mode != 2, "--eval_steps is 0"),
     (
-        "disc_start disc_weight disc_loss disc_norm",
+        "disc_start disc_weight disc_loss disc_norm lecam_weight r1_weight",
         lambda s: s.disc_type == "none",
         "--disc_type is none",
     ),
-    ("perceptual_weight", lambda s: s.perceptual in ("auto", "none"), "the run has no perceptual term"),
+    ("perceptual_weight", lambda s: s.perceptual == "none", "the run has no perceptual term"),
 )
 
 

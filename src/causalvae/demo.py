@@ -44,6 +44,7 @@ SETTINGS: dict[str, Any] = {  # Any: values of any flag
     "ema_decay": 0.98,
     "loss_type": "l2",
     "disc_type": "none",
+    "perceptual": "none",
     "dataloader_num_workers": 1,
 }
 

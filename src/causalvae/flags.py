@@ -105,9 +105,19 @@ class Flag:
         return get_args(self.kind) if get_origin(self.kind) is Literal else ()
 
     @property
+    def is_list(self) -> bool:
+        """Whether a value is any number of items of one kind, with commas between them: `1,9,17`."""
+        return Ellipsis in get_args(self.kind)
+
+    @property
     def size(self) -> int:
         """How many words a value has: 2 for a pair, 1 for most."""
-        return len(get_args(self.kind)) if get_origin(self.kind) is tuple else 1
+        return len(get_args(self.kind)) if get_origin(self.kind) is tuple and not self.is_list else 1
+
+    @property
+    def kinds(self) -> tuple[type, ...]:
+        """The types of a value's items: two for a pair, that of every item for a list, else one."""
+        return get_args(self.kind)[: self.size] if get_origin(self.kind) is tuple else (self.kind,)
 
     @property
     def required(self) -> bool:
@@ -159,7 +169,8 @@ def to_text(flag: Flag, value: object) -> str:
     if value is None:
         return str(flag.none_word)
     if isinstance(value, tuple):
-        return " ".join(str(item) for item in cast("tuple[object, ...]", value))
+        between = "," if flag.is_list else " "
+        return between.join(str(item) for item in cast("tuple[object, ...]", value))
     return str(value)
 
 
@@ -216,15 +227,17 @@ def parse(flag: Flag, words: Sequence[str]) -> object:
     shown = " ".join(words)
     if flag.none_word is not None and list(words) == [flag.none_word]:
         return None
-    if len(words) != flag.size:
+    if flag.is_list:
+        words = [part.strip() for word in words for part in word.split(",")]
+    elif len(words) != flag.size:
         needed = f"{flag.size} values" if flag.size > 1 else "one value"
         refuse(flag, shown, f"takes {needed}, not {len(words)}")
-    kinds = get_args(flag.kind) if flag.size > 1 else (str if flag.choices else flag.kind,)
+    kinds = (str,) if flag.choices else flag.kinds * len(words) if flag.is_list else flag.kinds
     try:
         values = tuple(READERS[kind](word) for kind, word in zip(kinds, words, strict=True))
     except ValueError as error:
         refuse(flag, shown, str(error))
-    value = values if flag.size > 1 else values[0]
+    value = values if flag.size > 1 or flag.is_list else values[0]
     if isinstance(value, str):
         value = flag.aliases.get(value, value)
     check(flag, value)
@@ -241,9 +254,9 @@ def check(flag: Flag, value: object) -> None:
             hint = f"; did you mean {guess}?" if guess else ""
             refuse(flag, value, f"must be one of {', '.join(flag.choices)}{hint}")
         return
-    kinds: tuple[type, ...] = get_args(flag.kind) if flag.size > 1 else (flag.kind,)
     items = cast("tuple[object, ...]", value) if type(value) is tuple else (value,)
-    if len(items) != len(kinds):
+    kinds = flag.kinds * len(items) if flag.is_list else flag.kinds
+    if len(items) != len(kinds) or not items:
         refuse(flag, items, f"takes {len(kinds)} values, not {len(items)}")
     for kind, item in zip(kinds, items, strict=True):
         wanted = (int, float) if kind is float else (kind,)
@@ -296,7 +309,8 @@ def parse_words(flags: Mapping[str, Flag], argv: Sequence[str]) -> dict[str, lis
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for flag in flags.values():
         spellings = dict.fromkeys((f"--{flag.name}", f"--{flag.name.replace('_', '-')}"))
-        nargs, const = ("?", "True") if flag.kind is bool else ("+" if flag.size > 1 else None, None)
+        several = "+" if flag.size > 1 or flag.is_list else None
+        nargs, const = ("?", "True") if flag.kind is bool else (several, None)
         parser.add_argument(*spellings, dest=flag.name, nargs=nargs, const=const, default=argparse.SUPPRESS)
     try:
         found, rest = parser.parse_known_args(_join_negative_numbers(argv))

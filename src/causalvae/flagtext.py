@@ -3,7 +3,7 @@
 import re
 import textwrap
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from causalvae.flags import Flag, Given, MemoryBudget, Resolution, flags_of, printable, to_text
 
@@ -25,8 +25,9 @@ def value_words(flag: Flag) -> str:
     """What may stand behind the flag: `N`, `True|False`, or the choices."""
     if flag.choices:
         return "|".join(flag.choices)
-    kinds = get_args(flag.kind) if flag.size > 1 else (flag.kind,)
-    words = " ".join(KINDS[kind] for kind in kinds)
+    words = " ".join(KINDS[kind] for kind in flag.kinds)
+    if flag.is_list:
+        words += ",..."
     if flag.kind is str and flag.name.endswith(("path", "dir", "checkpoint", "config")):
         words = "PATH"
     return f"{words}|{flag.none_word}" if flag.none_word not in (None, "none") else words
@@ -101,8 +102,8 @@ def to_yaml(settings: "DataclassInstance", given: Mapping[str, Given] | None = N
 def yaml_text(flag: Flag, value: object) -> str:
     """A value as YAML: text in quotes where another reader could take it for something else."""
     text = to_text(flag, value)
-    if flag.size > 1:
-        return f"[{text.replace(' ', ', ')}]"
+    if flag.size > 1 or (flag.is_list and value is not None):
+        return f"[{text.replace(',' if flag.is_list else ' ', ', ')}]"
     if not isinstance(value, str) or (PLAIN_TEXT.fullmatch(text) and text.lower() not in YAML_WORDS):
         return text
     escaped = "".join(c if c.isprintable() and c not in '"\\' else _yaml_escape(c) for c in text)

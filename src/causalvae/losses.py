@@ -15,7 +15,9 @@ are means there too, and equal.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Literal
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from causalvae.critics.patchgan import CriticNorm, PatchGAN2d, PatchGAN3d, reset
+from causalvae.critics.regularisers import full_precision, gradient_penalty, lecam_anchors, lecam_distance
 from causalvae.video import at_least_fp32
 
 PixelKind = Literal["l1", "l2", "huber"]
@@ -39,14 +42,19 @@ CRITICS = {"patchgan2d": PatchGAN2d, "patchgan3d": PatchGAN3d}
 class LossPlan:
     """What the answer is made of; weights have their published meaning.
 
-    perceptual: (recon, clip), each (b t) 3 h w in [-1, 1] -> one value per frame, (b t) 1 1 1.
+    perceptual: (recon, clip), each n 3 h w in [-1, 1] -> one value per frame, n 1 1 1.
+    perceptual_frames: how many frames it is given at once, which bounds its memory.
+    lecam_weight, r1_weight: of the critic's own regularisers, `critic_backward`.
     """
 
     kind: PixelKind = "l1"
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None
     perceptual_weight: float = 1.0
+    perceptual_frames: int = 8
     kl_weight: float = 1e-6
     disc_weight: float = 0.5
+    lecam_weight: float = 0.0
+    r1_weight: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +62,8 @@ class LossTerms:
     """The terms of one step over the whole batch: detached scalars, fp32 or finer; None where not computed.
 
     kl, perceptual and adversarial are unweighted; adaptive_weight has disc_weight in it and multiplies
-    adversarial in total. critic is the critic's own loss and no part of total.
+    adversarial in total. critic is the critic's own loss and no part of total; what begins with critic_ is
+    from the same update, see CriticTerms.
     """
 
     pixel: Tensor
@@ -65,11 +74,34 @@ class LossTerms:
     adversarial: Tensor | None = None
     adaptive_weight: Tensor | None = None
     critic: Tensor | None = None
+    critic_accuracy_real: Tensor | None = None
+    critic_accuracy_fake: Tensor | None = None
+    critic_logit_real: Tensor | None = None
+    critic_logit_fake: Tensor | None = None
+    critic_lecam: Tensor | None = None
+    critic_r1: Tensor | None = None
 
     def numbers(self) -> dict[str, float]:
         """The terms that were computed, by name, for the log."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: float(value) for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticTerms:
+    """What the critic said in its own update, over the whole batch: detached scalars, named as in LossTerms.
+
+    critic: its published loss, without regularisers. accuracy: share of logits on the right side of 0, which
+    itself is wrong. logit: mean. lecam, r1: regularisers without their weights, None where not computed.
+    """
+
+    critic: Tensor
+    critic_accuracy_real: Tensor
+    critic_accuracy_fake: Tensor
+    critic_logit_real: Tensor
+    critic_logit_fake: Tensor
+    critic_lecam: Tensor | None = None
+    critic_r1: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +166,7 @@ def reconstruction_error(
     pixel = pixel_loss(leaf, clip, kind=plan.kind)
     if plan.perceptual is None:
         return pixel, pixel.detach(), None
-    perceptual = perceptual_loss(leaf, clip, metric=plan.perceptual)
+    perceptual = perceptual_loss(leaf, clip, metric=plan.perceptual, frames_at_once=plan.perceptual_frames)
     return pixel + plan.perceptual_weight * perceptual, pixel.detach(), perceptual.detach()
 
 
@@ -145,18 +177,79 @@ def judged(leaf: Tensor, critic: nn.Module) -> tuple[Tensor, Tensor]:
     return adversarial.detach(), grad
 
 
-def critic_backward(critic: nn.Module, clip: Tensor, recon: Tensor, *, kind: CriticLoss) -> Tensor:
-    """The critic's loss on the whole batch, detached; its gradient is added to that of the critic's weights.
+def critic_backward(
+    critic: nn.Module,
+    clip: Tensor,
+    recon: Tensor,
+    *,
+    kind: CriticLoss,
+    averages: Tensor | None = None,
+    lecam_weight: float = 0.0,
+    r1_weight: float = 0.0,
+) -> CriticTerms:
+    """What the critic says of the whole batch; the gradient of its loss is added to that of its weights.
 
     clip, recon: b 3 t h w in [-1, 1]. Real and reconstruction are judged one after the other, as published,
     so that each has its own batch statistics; the graph of the first is gone before the second begins.
+    averages: what `moved_averages` made of earlier batches; without any, LeCam has no anchors and no term.
     """
-    total = clip.new_zeros(())
-    for x, real in ((clip, True), (recon, False)):
-        loss = verdict_loss(critic(at_least_fp32(x.detach())), kind=kind, real=real)
-        loss.backward()
-        total = total + loss.detach()
-    return total
+    of_real, of_fake = lecam_anchors(averages) if lecam_weight > 0 else (None, None)
+    judge = partial(_judge, critic, kind=kind, lecam_weight=lecam_weight)
+    real = judge(clip, real=True, anchor=of_fake, r1_weight=r1_weight)
+    fake = judge(recon, real=False, anchor=of_real, r1_weight=0.0)
+    return CriticTerms(
+        critic=real.loss + fake.loss,
+        critic_accuracy_real=real.accuracy,
+        critic_accuracy_fake=fake.accuracy,
+        critic_logit_real=real.logit,
+        critic_logit_fake=fake.logit,
+        critic_lecam=None if real.lecam is None or fake.lecam is None else real.lecam + fake.lecam,
+        critic_r1=real.r1,
+    )
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """Half of CriticTerms: of clips, or of reconstructions."""
+
+    loss: Tensor
+    accuracy: Tensor
+    logit: Tensor
+    lecam: Tensor | None
+    r1: Tensor | None
+
+
+def _judge(
+    critic: nn.Module,
+    x: Tensor,
+    *,
+    kind: CriticLoss,
+    real: bool,
+    anchor: Tensor | None,
+    lecam_weight: float,
+    r1_weight: float,
+) -> _Verdict:
+    """One forward and backward of the critic. x: b 3 t h w. anchor: the average logit of the other kind."""
+    x = at_least_fp32(x.detach()).requires_grad_(r1_weight > 0)
+    with full_precision(critic) if r1_weight > 0 else nullcontext():
+        logits = at_least_fp32(critic(x))
+    objective = loss = verdict_loss(logits, kind=kind, real=real)
+    lecam = r1 = None
+    if anchor is not None:
+        lecam = lecam_distance(logits, anchor)
+        objective = objective + lecam_weight * lecam
+    if r1_weight > 0:
+        r1 = gradient_penalty(logits, x)
+        objective = objective + 0.5 * r1_weight * r1
+    objective.backward()
+    said = logits.detach()
+    return _Verdict(
+        loss=loss.detach(),
+        accuracy=((said > 0) if real else (said < 0)).to(said.dtype).mean(),
+        logit=said.mean(),
+        lecam=None if lecam is None else lecam.detach(),
+        r1=None if r1 is None else r1.detach(),
+    )
 
 
 def build_critic(
@@ -176,13 +269,30 @@ def pixel_loss(recon: Tensor, clip: Tensor, *, kind: PixelKind) -> Tensor:
     return measures[kind](recon, clip)
 
 
-def perceptual_loss(recon: Tensor, clip: Tensor, *, metric: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def perceptual_loss(
+    recon: Tensor, clip: Tensor, *, metric: Callable[[Tensor, Tensor], Tensor], frames_at_once: int
+) -> Tensor:
     """Mean over frames of a perceptual metric. recon, clip: b 3 t h w in [-1, 1].
 
     The published code adds a frame's metric to the error of each of its values, so the means add up too.
+    The metric judges each frame by itself, so its gradient is taken slice by slice and one slice's graph is
+    alive at a time. The result has a first derivative at recon, and no second one.
     """
-    frames = [x.transpose(1, 2).flatten(0, 1) for x in (recon, clip)]  # b c t h w -> (b t) c h w
-    return metric(frames[0], frames[1]).mean()
+    pieces = [x.transpose(1, 2).flatten(0, 1).split(frames_at_once) for x in (recon.detach(), clip)]
+    num_frames = recon.shape[0] * recon.shape[2]
+    total, grads = recon.new_zeros(()), []
+    for a, b in zip(*pieces, strict=True):  # n c h w
+        if not recon.requires_grad:
+            total = total + metric(a, b).sum() / num_frames
+            continue
+        a.requires_grad_()
+        value = metric(a, b).sum() / num_frames
+        grads.append(torch.autograd.grad(value, a)[0])
+        total = total + value.detach()
+    if not grads:
+        return total
+    grad = torch.cat(grads).unflatten(0, (recon.shape[0], -1)).transpose(1, 2)  # (b t) c h w -> b c t h w
+    return total + (grad * (recon - recon.detach())).sum()  # adds 0, with the gradient that was found
 
 
 def reconstruction_nll(error: Tensor, *, logvar: Tensor) -> Tensor:

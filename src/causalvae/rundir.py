@@ -2,7 +2,8 @@
 
 A checkpoint is written aside as `.step-N.partial`, synced, given its manifest last and renamed. Opening takes
 the run's lock and removes what killed processes left. Only `.partial` files and training state past its time
-are ever removed; damaged checkpoints are set aside as `step-N.broken-K`. What is in a checkpoint is not known
+are ever removed; damaged checkpoints are set aside as `step-N.broken-K`, and those after the step that a
+diverged run went back to as `step-N.diverged-K`. What is in a checkpoint is not known
 here, but for the names of the files that stay when the rest is pruned.
 """
 
@@ -233,6 +234,15 @@ class RunDir:
             except OSError as error:
                 self._warn_once(f"{checkpoint.path}: can't be pruned, {error.strerror}; training goes on")
 
+    def set_aside_after(self, step: int) -> None:
+        """Rename checkpoints of later steps to `NAME.diverged-K`: the run went back and saves them anew."""
+        for checkpoint in self.checkpoints():
+            if checkpoint.step > step:
+                try:
+                    _set_aside(checkpoint.path, "diverged")
+                except OSError as error:
+                    raise disk_error(error, checkpoint.path) or error from error
+
     def _warn_once(self, text: str) -> None:
         if text not in self.warnings:
             self.warnings.append(text)
@@ -359,10 +369,10 @@ def _remove_listed(folder: Path) -> None:
     sync(folder)
 
 
-def _set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint to the next free `NAME.broken-K`."""
+def _set_aside(folder: Path, word: str = "broken") -> Path:
+    """Rename a checkpoint that is not to be resumed to the next free `NAME.broken-K`."""
     k = 1
-    while (aside := folder.with_name(f"{folder.name}.broken-{k}")).exists():
+    while (aside := folder.with_name(f"{folder.name}.{word}-{k}")).exists():
         k += 1
     os.rename(folder, aside)
     sync(folder.parent)

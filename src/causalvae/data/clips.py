@@ -4,10 +4,11 @@ Every epoch goes through all videos once, in an order of its own. A video that c
 the place's own list of substitutes. Only tries of this place and facts about files count, never what other
 places or processes met before: a film damaged in its middle is used where its frames are sound, and one
 that is bad as a whole is bad for everyone. So the clips are the same in every repetition, from any cursor,
-with any workers.
+with any workers. The shape of a batch is a function of its cursor.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any, Literal
 
 from torch import Tensor
@@ -24,6 +25,9 @@ LONGEST_REASON = 2000  # characters, so that a message between processes is writ
 PLACES = 1 << 32  # a crop's place is one of so many numbers in [0, 1)
 
 
+Shape = tuple[int, tuple[int, int]]  # of a clip: t, (H, W)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClipPlan:
     """What clips look like and how they are drawn. batch: clips per cursor; size: H, W.
@@ -31,6 +35,9 @@ class ClipPlan:
     stride: every n-th frame of a video. short_videos: what to do with videos that are shorter than a clip:
     `auto` repeats their last frame only if nothing longer is found, `repeat` always does, `skip` never uses
     them.
+    frame_buckets, size_buckets: where given, batches take every pair of these in equal shares, instead of
+    frames and size; one listed twice has two shares. image_ratio: share of batches, in [0, 1), whose clips
+    are single frames. What takes one clip takes a plan of one shape, which is `plan.at(cursor)`.
     """
 
     frames: int
@@ -41,11 +48,51 @@ class ClipPlan:
     crop: Literal["random", "center"] = "random"
     flip: bool = True
     short_videos: Literal["auto", "repeat", "skip"] = "auto"
+    frame_buckets: tuple[int, ...] = ()
+    size_buckets: tuple[tuple[int, int], ...] = ()
+    image_ratio: float = 0.0
 
     @property
     def span(self) -> int:
         """Frames of a video that a clip reaches over, first and last included."""
         return (self.frames - 1) * self.stride + 1
+
+    def at(self, cursor: int) -> "ClipPlan":
+        """The plan of the batch at a cursor, which has one shape: a function of (seed, cursor)."""
+        if not (self.frame_buckets or self.size_buckets or self.image_ratio):
+            return self
+        images = _images_before(self, cursor)
+        if _images_before(self, cursor + 1) > images:
+            frames, size = _share(self._image_shapes(), images, key("image shapes", self.seed))
+        else:
+            frames, size = _share(self._video_shapes(), cursor - images, key("shapes", self.seed))
+        return replace(self, frames=frames, size=size, frame_buckets=(), size_buckets=(), image_ratio=0.0)
+
+    def shapes(self) -> list[Shape]:
+        """Every shape that a batch of this plan can have, each once."""
+        return list(dict.fromkeys(self._video_shapes() + (self._image_shapes() if self.image_ratio else [])))
+
+    def _video_shapes(self) -> list[Shape]:
+        return [(t, size) for t in self.frame_buckets or (self.frames,) for size in self._sizes()]
+
+    def _image_shapes(self) -> list[Shape]:
+        return [(1, size) for size in self._sizes()]
+
+    def _sizes(self) -> tuple[tuple[int, int], ...]:
+        return self.size_buckets or (self.size,)
+
+
+def _images_before(plan: ClipPlan, cursor: int) -> int:
+    """How many batches before this one are of images: never a whole batch away from the share asked for."""
+    ratio = Fraction(str(plan.image_ratio))  # the decimal that was asked for: 0.2 is every fifth batch
+    phase = below(key("image batches", plan.seed), ratio.denominator)
+    return (cursor * ratio.numerator + phase) // ratio.denominator
+
+
+def _share(shapes: list[Shape], number: int, base: int) -> Shape:
+    """The shape of batch `number` of its kind. Each round goes through all shapes, in an order of its own."""
+    turn, position = divmod(number, len(shapes))
+    return shapes[permuted(position, len(shapes), key("round", base, turn))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +182,7 @@ class Outcome:
 
 
 def perform(task: Task, plan: ClipPlan, *, decoder: Decoder, out: Tensor) -> Outcome:
-    """Try to read the clip of a task into `out`, uint8 3 t H W."""
+    """Try to read the clip of a task into `out`, uint8 3 t H W. plan: of the shape of the task's batch."""
     try:
         num_frames = decoder.num_frames(task.video.path)
     except VideoError as error:
@@ -160,6 +207,7 @@ def perform(task: Task, plan: ClipPlan, *, decoder: Decoder, out: Tensor) -> Out
 class Search:
     """What has been tried for one place, and what to try next.
 
+    plan: of the shape of the place's batch; a video too short for it may fill another place.
     bad: videos known to be bad as a whole, with the reason; shared by all searches.
     request: the clip that fills the place, once there is one. records: the bad videos met on the way.
     """

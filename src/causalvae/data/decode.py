@@ -8,6 +8,7 @@ counted. Header counts are never used.
 """
 
 import os
+import re
 import stat
 from array import array
 from bisect import bisect_right
@@ -35,6 +36,7 @@ MAX_PIXELS = 1 << 26  # per frame: twice 8K; a damaged header must not ask for a
 INDEX_CACHE = 16384  # files; about 2 KB each for a video of 200 frames
 TIMED_FORMATS = {"mov", "matroska", "mpeg", "mpegts", "flv", "asf"}  # their packets carry presentation times
 CLOSED_CODECS = {"mpeg4", "vp8", "vp9"}  # nothing shown after a keyframe refers to what was before it
+PART = re.compile(r"subfile,,start,(\d+),end,(\d+),,:(/.*)", re.DOTALL)  # FFmpeg's own name for one
 ESCAPES = 3  # seeks that may land too late before the file is read from its start
 
 
@@ -73,6 +75,23 @@ def printable(name: str | Path) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
 
 
+def part_of_file(path: str, *, start: int, size: int) -> str:
+    """The name under which some bytes of a file, such as a member of a tar, are read as a video."""
+    return f"subfile,,start,{start},end,{start + size},,:{os.path.abspath(path)}"
+
+
+def file_and_part(name: str) -> tuple[str, tuple[int, int] | None]:
+    """The file that a name means, and which bytes of it, [start, end), if it is a part of one."""
+    found = PART.fullmatch(name)
+    return (found[3], (int(found[1]), int(found[2]))) if found else (name, None)
+
+
+def _shown(name: str) -> str:
+    """A video's name for a message."""
+    path, part = file_and_part(name)
+    return printable(path) if part is None else f"{printable(path)} (bytes {part[0]} to {part[1]})"
+
+
 def probe(path: str | Path) -> VideoInfo:
     """Frames and size of one file. VideoError if it can't be read as video."""
     return Decoder().probe(path)
@@ -109,9 +128,9 @@ class Decoder:
         index = self._index(name)
         numbers = [int(i) for i in indices]
         if not numbers or min(numbers) < 0:
-            raise VideoError(f"{printable(name)}: frame numbers start at 0, got {numbers}")
+            raise VideoError(f"{_shown(name)}: frame numbers start at 0, got {numbers}")
         if max(numbers) >= index.frames:
-            raise VideoError(f"{printable(name)}: frame {max(numbers)} was asked for, it has {index.frames}")
+            raise VideoError(f"{_shown(name)}: frame {max(numbers)} was asked for, it has {index.frames}")
         wanted = sorted(set(numbers))
         frames = self._read_from_key(name, index, wanted)
         if frames is None:
@@ -130,7 +149,7 @@ class Decoder:
         if index is None:
             index = _index_by_decoding(name, stamp)
         if index.frames == 0:
-            raise VideoError(f"{printable(name)}: no frame of it can be decoded")
+            raise VideoError(f"{_shown(name)}: no frame of it can be decoded")
         self._indices[name] = index
         if len(self._indices) > INDEX_CACHE:
             self._indices.popitem(last=False)
@@ -158,7 +177,7 @@ class Decoder:
             try:
                 return self._collect(name, frames, wanted, enter_by=None)
             except _NotExactError as error:
-                raise VideoError(f"{printable(name)}: {error}") from error
+                raise VideoError(f"{_shown(name)}: {error}") from error
 
     def _collect(
         self,
@@ -187,7 +206,7 @@ class Decoder:
             if out is None:
                 out = np.empty((len(wanted), *picture.shape), np.uint8)
             if picture.shape != out.shape[1:]:
-                raise VideoError(f"{printable(name)}: frame {number} has another size than those before it")
+                raise VideoError(f"{_shown(name)}: frame {number} has another size than those before it")
             out[filled] = picture
             filled += 1
             if filled == len(wanted) and out is not None:
@@ -212,12 +231,12 @@ class _NotExactError(Exception):
 def _stamp(name: str) -> tuple[int, int, int]:
     """Size, time of change and inode of a regular file. Anything else is a VideoError: a fifo would hang."""
     try:
-        found = os.stat(name)
+        found = os.stat(file_and_part(name)[0])
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = error.strerror if isinstance(error, OSError) else "not a file name"
-        raise VideoError(f"{printable(name)}: can't be opened: {reason}") from error
+        raise VideoError(f"{_shown(name)}: can't be opened: {reason}") from error
     if not stat.S_ISREG(found.st_mode):
-        raise VideoError(f"{printable(name)}: not a regular file")
+        raise VideoError(f"{_shown(name)}: not a regular file")
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
@@ -228,19 +247,21 @@ def _opened(name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     The absolute path keeps FFmpeg from reading `http:x.mp4` as an address.
     """
     _stamp(name)
+    is_part = file_and_part(name)[1] is not None
+    address, protocols = (name, "subfile,file") if is_part else (os.path.abspath(name), "file")
     try:
-        with av.open(os.path.abspath(name), options={"protocol_whitelist": "file"}) as container:
+        with av.open(address, options={"protocol_whitelist": protocols}) as container:
             yield container, _video_stream(container, name)
     except av.error.FFmpegError as error:
-        raise VideoError(f"{printable(name)}: {error.strerror or type(error).__name__}") from error
+        raise VideoError(f"{_shown(name)}: {error.strerror or type(error).__name__}") from error
     except (MemoryError, UnicodeError) as error:
-        raise VideoError(f"{printable(name)}: {type(error).__name__}") from error
+        raise VideoError(f"{_shown(name)}: {type(error).__name__}") from error
 
 
 def _video_stream(container: InputContainer, name: str) -> VideoStream:
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams:
-        raise VideoError(f"{printable(name)}: no video in it")
+        raise VideoError(f"{_shown(name)}: no video in it")
     stream = streams[0]
     stream.thread_type = "NONE"
     stream.codec_context.thread_count = 1

@@ -37,7 +37,9 @@ Record = dict[str, Any]  # Any: what a line of JSON may hold
 
 @dataclass(frozen=True)
 class Clips:
-    """A batch. pixels: uint8 b 3 t h w; requests: what each clip is, in the same order."""
+    """A batch. pixels: uint8 b 3 t h w, of the shape that the plan has for this cursor; requests: what each
+    clip is, in the same order.
+    """
 
     pixels: Tensor
     requests: tuple[ClipRequest, ...]
@@ -132,10 +134,14 @@ class ClipLoader:
 
 
 class Batch:
-    """A batch in the making. pixels: uint8 b 3 t h w. error: why it can't be made."""
+    """A batch in the making. pixels: uint8 b 3 t h w. error: why it can't be made.
+
+    plan: of the shape that all its clips have.
+    """
 
     def __init__(self, source: ClipSource, plan: ClipPlan, *, cursor: int, bad: dict[str, str]) -> None:
         self.cursor = cursor
+        self.plan = plan = plan.at(cursor)
         self.pixels = torch.empty((plan.batch, 3, plan.frames, *plan.size), dtype=torch.uint8)
         self.searches = [
             Search(source, plan, cursor=cursor, sample=sample, bad=bad) for sample in range(plan.batch)
@@ -264,7 +270,7 @@ class Feed:
         if task is None:
             return
         out = batch.pixels[search.sample]
-        outcome = perform(task, self._plan, decoder=self._decoder, out=out)
+        outcome = perform(task, batch.plan, decoder=self._decoder, out=out)
         if not search.settle(task, outcome):
             self._todo.appendleft((batch, search))
 
@@ -297,7 +303,7 @@ class Feed:
         self._crew[worker] = None
         self._failed_starts = 0
         assert place is not None, "an outcome without a task"
-        self._settle_place(place, task, outcome=outcome, clip=worker.clip)
+        self._settle_place(place, task, outcome=outcome, clip=worker.clip(place[0].plan))
 
     def _settle_place(
         self, place: tuple[Batch, Search], task: Task, *, outcome: Outcome, clip: Tensor | None

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from causalvae.data.decode import printable
+from causalvae.data.decode import file_and_part, part_of_file, printable
+from causalvae.data.shards import is_shard_pattern, members, shards
 from causalvae.errors import ConfigError
 
 VIDEO_ENDINGS = (".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4")
@@ -28,7 +29,10 @@ TRY_SAMPLES = "meanwhile `--video_path sample:` works, with the clips that come 
 
 @dataclass(frozen=True)
 class VideoRef:
-    """One video of a source. id: stable across machines, for logs and manifests; path: where it is here."""
+    """One video of a source. id: stable across machines, for logs and manifests; path: where it is here.
+
+    The path of a video in a tar file is what `decode.part_of_file` makes: only the decoder can open it.
+    """
 
     id: str
     path: str
@@ -71,7 +75,7 @@ def open_source(video_path: str) -> ClipSource:
     """The source that `--video_path` names. ConfigError, with what to do, if there is none.
 
     A folder (searched recursively), a video or image, a list (.txt: a path per line; .csv, .jsonl: a column
-    `video`, `path` or `file`), `sample:`, or `sample:heldout`.
+    `video`, `path` or `file`), tar files (`shard-{000..012}.tar`), `sample:`, or `sample:heldout`.
     """
     if video_path.startswith("sample:"):
         return _sample_source(video_path)
@@ -82,8 +86,8 @@ def open_source(video_path: str) -> ClipSource:
         raise ConfigError(f"--video_path {printable(video_path)}: not a path that can be opened") from error
     if is_folder:
         return _folder_source(path)
-    if path.suffix.lower() == ".tar" or (".tar" in video_path and any(mark in video_path for mark in "{*")):
-        raise ConfigError(f"--video_path {printable(video_path)}: WebDataset .tar is not available yet")
+    if is_shard_pattern(video_path):
+        return _shard_source(video_path)
     if not is_file:
         raise ConfigError(_missing(path))
     if path.suffix.lower() in LIST_ENDINGS:
@@ -158,6 +162,22 @@ def _list_source(path: Path) -> FileSource:
     return FileSource(path.name, refs)
 
 
+def _shard_source(pattern: str) -> FileSource:
+    """Videos and images in tar files, in the order of the shards and of their members."""
+    paths = shards(pattern)
+    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    refs: dict[str, VideoRef] = {}
+    for path in paths:
+        shard = os.path.relpath(path, root).replace(os.sep, "/")
+        for name, start, size in members(path):
+            if os.path.splitext(name)[1].lower() in VIDEO_ENDINGS + IMAGE_ENDINGS:
+                video = f"{shard}/{name}"  # twice in a shard: the later one counts, as when it is unpacked
+                refs[video] = VideoRef(video, part_of_file(path, start=start, size=size))
+    if not refs:
+        raise ConfigError(f"--video_path {printable(pattern)}: no video or image in {len(paths)} tar files")
+    return FileSource(os.path.basename(pattern), refs.values())
+
+
 def _csv_names(lines: Iterable[str]) -> Iterator[str]:
     """The column `video`, `path` or `file` of a table with a heading, else the first column of every row."""
     column: int | None = None
@@ -194,6 +214,10 @@ def _jsonl_names(lines: Iterable[str], path: Path) -> Iterator[str]:
 
 
 def _size(path: str) -> int:
+    """Bytes of a video, or -1 if it is missing."""
+    _, part = file_and_part(path)
+    if part is not None:
+        return part[1] - part[0]
     try:
         return os.stat(path).st_size
     except (OSError, ValueError):

@@ -1,4 +1,5 @@
-"""Processes that read clips. Each has one task at a time and one piece of shared memory for the clip.
+"""Processes that read clips. Each has one task at a time and one piece of shared memory, large enough
+for a clip of any shape of the plan.
 
 They are forked from a server that has imported torch and done nothing else (multiprocessing's forkserver).
 It has no threads, locks or CUDA, so forking is safe; measured: the first is there after 1.4 s, a further
@@ -41,7 +42,7 @@ class Worker:
             target=_serve, args=(theirs, plan), daemon=True, name="causalvae-clips"
         )
         try:
-            self.clip, memory = _shared_clip(plan)
+            self._pixels, memory = _shared_memory(plan)
             try:
                 self.process.start()
                 reduction.send_handle(self.connection, memory, self.process.pid)
@@ -63,7 +64,7 @@ class Worker:
         return True
 
     def receive(self) -> Outcome | None:
-        """The outcome of its task, if one has arrived: then `clip`, uint8 3 t H W, holds the pixels."""
+        """The outcome of its task, if one has arrived: then `clip` has the pixels."""
         try:
             while self.connection.poll():
                 message = self.connection.recv()
@@ -75,6 +76,10 @@ class Worker:
         except (OSError, EOFError):
             return None
         return None
+
+    def clip(self, plan: ClipPlan) -> Tensor:
+        """The clip it has read, uint8 3 t H W, until it gets another task. plan: of the shape of the clip."""
+        return _clip(self._pixels, plan)
 
     def kill(self) -> str:
         """End it at once, even if it is stopped. Returns how it ended, in words."""
@@ -89,28 +94,30 @@ class Worker:
         return f"signal {-code}" if code < 0 else f"exit status {code}"
 
 
-def _shared_clip(plan: ClipPlan) -> tuple[Tensor, int]:
-    """Memory for one clip, uint8 3 t H W, and its file descriptor."""
+def _shared_memory(plan: ClipPlan) -> tuple[Tensor, int]:
+    """Memory for one clip of any shape of the plan, flat uint8, and its file descriptor."""
     if sys.platform == "linux":
         memory = os.memfd_create("causalvae-clip")
     else:
         with tempfile.TemporaryFile() as file:
             memory = os.dup(file.fileno())
     try:
-        os.ftruncate(memory, _clip_bytes(plan))
-        return _map_clip(memory, plan), memory
+        os.ftruncate(memory, max(3 * t * h * w for t, (h, w) in plan.shapes()))
+        return _mapped(memory), memory
     except OSError:
         os.close(memory)
         raise
 
 
-def _map_clip(memory: int, plan: ClipPlan) -> Tensor:
-    mapped = mmap.mmap(memory, _clip_bytes(plan))
-    return torch.frombuffer(mapped, dtype=torch.uint8).view(3, plan.frames, *plan.size)
+def _mapped(memory: int) -> Tensor:
+    """All of the shared memory: flat uint8."""
+    return torch.frombuffer(mmap.mmap(memory, os.fstat(memory).st_size), dtype=torch.uint8)
 
 
-def _clip_bytes(plan: ClipPlan) -> int:
-    return 3 * plan.frames * plan.size[0] * plan.size[1]
+def _clip(pixels: Tensor, plan: ClipPlan) -> Tensor:
+    """The part of the shared memory that holds a clip of the plan's shape: uint8 3 t H W."""
+    height, width = plan.size
+    return pixels[: 3 * plan.frames * height * width].view(3, plan.frames, height, width)
 
 
 def _serve(connection: Connection, plan: ClipPlan) -> None:
@@ -125,12 +132,14 @@ def _serve(connection: Connection, plan: ClipPlan) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     torch.set_num_threads(1)
     memory = reduction.recv_handle(connection)
-    clip = _map_clip(memory, plan)
+    pixels = _mapped(memory)
     os.close(memory)
     decoder = Decoder()
     try:
         connection.send("ready")
         while True:
-            connection.send(perform(connection.recv(), plan, decoder=decoder, out=clip))
+            task: Task = connection.recv()
+            shaped = plan.at(task.cursor)
+            connection.send(perform(task, shaped, decoder=decoder, out=_clip(pixels, shaped)))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent has gone or wants no more

@@ -3,10 +3,12 @@
 `conv` resampling has the layers and names of Open-Sora-Plan's v1.1; `shuffle` has space-to-depth and back.
 """
 
-import torch.nn.functional as F
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from causalvae.models.base import Posterior
+from causalvae.models.fused import chain
 from causalvae.models.layers import (
     CausalConv3d,
     FrameAttention,
@@ -20,6 +22,8 @@ from causalvae.models.layers import (
     TimeDownsample,
     TimeUpsample,
     depth_to_space,
+    keeps_nothing,
+    norm_conv,
     pointwise,
     space_to_depth,
 )
@@ -70,10 +74,11 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels to the moments of the posterior."""
+    """Pixels to the moments of the posterior. recompute: see `set_recompute`."""
 
     def __init__(self, config: CausalVAEConfig) -> None:
         super().__init__()
+        self.recompute = False
         widths = config.widths
         self.stem = (1, config.stem, config.stem)
         flat = config.resampling == "conv"
@@ -98,20 +103,30 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor, stream: Stream | None) -> Tensor:
         """b 3 t h w -> b 2c k h/8 w/8."""
         h = x if self.stem[1] == 1 else space_to_depth(x, self.stem)
-        h = self.conv_in(h, stream)
-        for level in self.down:
-            h = level(h, stream)
-        h = self.mid(h, stream)
-        if self.norm_out is not None:
-            h = F.silu(self.norm_out(h))
-        return self.conv_out(h, stream)
+        if self.recompute and not keeps_nothing(stream):
+            h = run_in_chains([self.conv_in, *_in_order([*self.down, self.mid])], h)
+        else:
+            h = self.conv_in(h, stream)
+            for level in self.down:
+                h = level(h, stream)
+            h = self.mid(h, stream)
+        if self.norm_out is None:
+            return self.conv_out(h, stream)
+        if keeps_nothing(stream):
+            return self.conv_out(self.norm_out.activated(h), stream)
+        step, weights = norm_conv(self.norm_out, self.conv_out)
+        return chain(h, [step], weights)
 
 
 class Decoder(nn.Module):
-    """Latents to pixels. Levels are named by their resolution, so the last runs first."""
+    """Latents to pixels. Levels are named by their resolution, so the last runs first.
+
+    recompute: see `set_recompute`.
+    """
 
     def __init__(self, config: CausalVAEConfig) -> None:
         super().__init__()
+        self.recompute = False
         widths = config.widths
         self.stem = (1, config.stem, config.stem)
         c = widths[-1]
@@ -129,13 +144,65 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor, stream: Stream | None) -> Tensor:
         """b c k h w -> b 3 t 8h 8w."""
-        h = self.mid(self.conv_in(z, stream), stream)
-        for level in reversed(self.up):
-            h = level(h, stream)
+        h = self.conv_in(z, stream)
+        if self.recompute and not keeps_nothing(stream):
+            h = run_in_chains(_in_order([self.mid, *reversed(self.up)]), h)
+        else:
+            h = self.mid(h, stream)
+            for level in reversed(self.up):
+                h = level(h, stream)
         if self.norm_out is not None:
-            h = F.silu(self.norm_out(h))
+            h = self.norm_out.activated(h)
+        # Not in a chain: the gradient of its weight alone is asked for twice in a step.
         x = self.conv_out(h, stream)
         return x if self.stem[1] == 1 else depth_to_space(x, self.stem)
+
+
+CHAINED = (
+    CausalConv3d,
+    FrameConv,
+    ResnetBlock,
+    FrameDownsample,
+    SpatialUpsample,
+    TimeDownsample,
+    TimeUpsample,
+)
+CHEAP = (CausalConv3d, FrameConv, SpatialUpsample)  # to run again, for what their output would take
+
+
+def run_in_chains(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """The modules one after the other, of which little more than the input of each chain is kept."""
+    for group in _groups(modules):
+        links = [module.link() for module in group if isinstance(module, CHAINED)]
+        if links:
+            x = chain(x, [step for step, _ in links], [weight for _, weights in links for weight in weights])
+        else:
+            x = group[0](x)
+    return x
+
+
+def _in_order(parts: Sequence[nn.Module]) -> list[nn.Module]:
+    """The modules that levels and the middle run, first to last."""
+    modules: list[nn.Module] = []
+    for part in parts:
+        if isinstance(part, Level):
+            modules += [*part.block, *(part.get_submodule(name) for name in part.order)]
+        elif isinstance(part, Middle):
+            modules += [part.block_1, *([] if part.attn_1 is None else [part.attn_1]), part.block_2]
+    return modules
+
+
+def _groups(modules: Sequence[nn.Module]) -> list[list[nn.Module]]:
+    """Neighbours that make a chain. What is cheap to run again goes with its successor."""
+    groups: list[list[nn.Module]] = []
+    for module in modules:
+        before = groups[-1][-1] if groups else None
+        cheap = isinstance(before, CHEAP) or (isinstance(before, ResnetBlock) and before.flat)
+        if cheap and isinstance(module, CHAINED):
+            groups[-1].append(module)
+        else:
+            groups.append([module])
+    return groups
 
 
 def resnet_blocks(
@@ -213,3 +280,12 @@ class CausalVAE(nn.Module):
         posterior = self.encode(x)
         z = posterior.mode() if noise is None else posterior.sample(noise)
         return self.decode(z), posterior
+
+
+def set_recompute(vae: CausalVAE, *, on: bool) -> None:
+    """Keep the input of each block, or of a few layers, in training, and run them again in backward.
+
+    The numbers are the same. Blocks run in chains, so that forward hooks and compiled blocks are passed by.
+    """
+    vae.encoder.recompute = on
+    vae.decoder.recompute = on

@@ -3,20 +3,28 @@
 All of them take b c t h w. A layer that spans time takes a `stream` (see models/stream.py).
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from causalvae.models.convolution import Conv
+from causalvae.models.fused import (
+    BlockStep,
+    ConvStep,
+    NormConvStep,
+    NormStep,
+    Step,
+    TimeMixStep,
+    between,
+    chain,
+    halved,
+)
+from causalvae.models.norms import NormKind, normed
 from causalvae.models.stream import Stream, causal_window
 
-GROUPS = 32  # of GroupNorm, as published
-NORM_EPS = 1e-6
 MIX_INIT = 2.0  # logit of the pooled branch: sigmoid(2) = 0.88, as published
 
-NormKind = Literal["channel", "frame", "clip"]
+Link = tuple[Step, list[Tensor | None]]  # a step of a chain, and the weights that it takes
 Kernel = tuple[int, int, int]
 
 
@@ -34,6 +42,14 @@ class CausalConv3d(nn.Module):
         """b c t h w -> b c' t' h' w'."""
         kernel, stride = self.conv.kernel[0], self.conv.stride[0]
         return self.conv(causal_window(self, x, kernel=kernel, stride=stride, stream=stream))
+
+    def link(self, *, upsample: bool = False) -> tuple[ConvStep, list[Tensor | None]]:
+        """This layer as a step of a chain."""
+        front = self.conv.kernel[0] - 1
+        step = ConvStep(
+            self.conv.arithmetic, self.conv.stride, self.conv.padding, front=front, upsample=upsample
+        )
+        return step, [self.conv.weight, self.conv.bias]
 
 
 class FrameConv(nn.Module):
@@ -53,6 +69,14 @@ class FrameConv(nn.Module):
         weight, bias = self.weight.unsqueeze(2).to(numbers), self.bias.to(numbers)
         return F.conv3d(x.to(numbers), weight, bias, stride, padding)
 
+    def link(self, *, corner: int = 0) -> tuple[ConvStep, list[Tensor | None]]:
+        """This layer as a step of a chain."""
+        stride, padding = (1, self.stride, self.stride), (0, self.padding, self.padding)
+        return ConvStep(self.arithmetic, stride, padding, corner=corner), [
+            self.weight.unsqueeze(2),
+            self.bias,
+        ]
+
 
 class Norm(nn.Module):
     """GroupNorm over one frame or the whole clip, or RMS over the channels of each position.
@@ -63,38 +87,43 @@ class Norm(nn.Module):
 
     def __init__(self, channels: int, kind: NormKind) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind: NormKind = kind
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = None if kind == "channel" else nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """b c t h w -> the same shape, in the numbers of the weight."""
-        x = x.to(self.weight.dtype)
-        if self.kind == "channel":
-            positions = x.movedim(1, -1)  # b t h w c
-            return F.rms_norm(positions, self.weight.shape, self.weight, NORM_EPS).movedim(-1, 1)
-        if self.kind == "clip":
-            return F.group_norm(x, GROUPS, self.weight, self.bias, NORM_EPS)
-        frames = x.transpose(1, 2).flatten(0, 1)  # b c t h w -> (b t) c h w
-        normed = F.group_norm(frames, GROUPS, self.weight, self.bias, NORM_EPS)
-        return normed.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+        return normed(x, self.weight, bias=self.bias, kind=self.kind)
+
+    def activated(self, x: Tensor) -> Tensor:
+        """SiLU of the norm, of which x is kept."""
+        step, weights = self.link()
+        return chain(x, [step], weights)
+
+    def link(self) -> tuple[NormStep, list[Tensor | None]]:
+        """Norm and SiLU as a step of a chain."""
+        return NormStep(self.kind), [self.weight, self.bias]
 
 
-def conv3x3(c_in: int, c_out: int, *, flat: bool) -> nn.Module:
+def conv3x3(c_in: int, c_out: int, *, flat: bool) -> FrameConv | CausalConv3d:
     """A 3x3 convolution of each frame, or its causal 3x3x3 relative."""
     return FrameConv(c_in, c_out, kernel=3, padding=1) if flat else CausalConv3d(c_in, c_out)
 
 
-def pointwise(c_in: int, c_out: int, *, flat: bool) -> nn.Module:
+def pointwise(c_in: int, c_out: int, *, flat: bool) -> FrameConv | CausalConv3d:
     """A convolution of each position by itself."""
     return FrameConv(c_in, c_out, kernel=1) if flat else CausalConv3d(c_in, c_out, kernel=(1, 1, 1))
 
 
 class ResnetBlock(nn.Module):
-    """norm, SiLU, conv, norm, SiLU, conv, and the input added. `flat`: frame by frame, norms too."""
+    """norm, SiLU, conv, norm, SiLU, conv, and the input added. `flat`: frame by frame, norms too.
+
+    In training each convolution keeps the input of its norm, and no more.
+    """
 
     def __init__(self, c_in: int, c_out: int, *, norm: NormKind, flat: bool = False) -> None:
         super().__init__()
+        self.flat = flat
         kind = "frame" if flat and norm == "clip" else norm
         self.norm1 = Norm(c_in, kind)
         self.conv1 = conv3x3(c_in, c_out, flat=flat)
@@ -104,9 +133,33 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         """b c t h w -> b c' t h w."""
-        h = self.conv1(F.silu(self.norm1(x)), stream)
-        h = self.conv2(F.silu(self.norm2(h)), stream)
-        return (x if self.nin_shortcut is None else self.nin_shortcut(x, stream)) + h
+        if keeps_nothing(stream):
+            h = self.conv1(F.silu(self.norm1(x)), stream)
+            h = self.conv2(F.silu(self.norm2(h)), stream)
+            return (x if self.nin_shortcut is None else self.nin_shortcut(x, stream)) + h
+        h = x
+        for norm, conv in ((self.norm1, self.conv1), (self.norm2, self.conv2)):
+            step, weights = norm_conv(norm, conv)
+            h = chain(h, [step], weights)
+        return (x if self.nin_shortcut is None else self.nin_shortcut(x)) + h
+
+    def link(self) -> Link:
+        """The whole block as a step of a chain."""
+        first, weights1 = norm_conv(self.norm1, self.conv1)
+        second, weights2 = norm_conv(self.norm2, self.conv2)
+        shortcut, weights3 = (None, []) if self.nin_shortcut is None else self.nin_shortcut.link()
+        return BlockStep(first, second, shortcut), [*weights1, *weights2, *weights3]
+
+
+def norm_conv(norm: Norm, conv: FrameConv | CausalConv3d) -> tuple[NormConvStep, list[Tensor | None]]:
+    """Norm, SiLU and convolution as one step of a chain."""
+    (first, weights), (second, more) = norm.link(), conv.link()
+    return NormConvStep(first, second), [*weights, *more]
+
+
+def keeps_nothing(stream: Stream | None) -> bool:
+    """No gradient will be asked, so that a layer runs its plain order of work."""
+    return stream is not None or not torch.is_grad_enabled()
 
 
 class FrameAttention(nn.Module):
@@ -142,7 +195,12 @@ class FrameDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """b c t h w -> b c t h/2 w/2."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        step, weights = self.link()
+        return chain(x, [step], weights)
+
+    def link(self) -> Link:
+        """This layer as a step of a chain."""
+        return self.conv.link(corner=1)
 
 
 class SpatialUpsample(nn.Module):
@@ -154,7 +212,12 @@ class SpatialUpsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """b c t h w -> b c t 2h 2w."""
-        return self.conv(x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4))
+        step, weights = self.link()
+        return chain(x, [step], weights)
+
+    def link(self) -> Link:
+        """This layer as a step of a chain."""
+        return self.conv.link(upsample=True)
 
 
 class TimeDownsample(nn.Module):
@@ -170,11 +233,17 @@ class TimeDownsample(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         """b c t h w -> b c t' h w."""
+        if stream is None:
+            step, weights = self.link()
+            return chain(x, [step], weights)
         window = causal_window(self, x, kernel=3, stride=2, stream=stream)
-        # Slices and a sum: the backward of 3D pooling is refused in deterministic mode.
-        mean = (window[:, :, 0:-2:2] + window[:, :, 1:-1:2] + window[:, :, 2::2]) / 3
         alpha = torch.sigmoid(self.mix_factor).to(x.dtype)
-        return alpha * mean + (1 - alpha) * self.conv(window)
+        return alpha * halved(window) + (1 - alpha) * self.conv(window)
+
+    def link(self) -> Link:
+        """This layer as a step of a chain."""
+        conv = ConvStep(self.conv.arithmetic, self.conv.stride, self.conv.padding, front=2)
+        return TimeMixStep(conv, doubles=False), [self.mix_factor, self.conv.weight, self.conv.bias]
 
 
 class TimeUpsample(nn.Module):
@@ -191,26 +260,29 @@ class TimeUpsample(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         """b c t h w -> b c t' h w."""
+        if stream is None:
+            step, weights = self.link()
+            return chain(x, [step], weights)
         y = self._interpolate(x, stream)
         alpha = torch.sigmoid(self.mix_factor).to(x.dtype)
         return alpha * y + (1 - alpha) * self.conv(y, stream)
 
-    def _interpolate(self, x: Tensor, stream: Stream | None) -> Tensor:
-        past = (
-            stream.take(self) if stream is not None else None
-        )  # the frame before x, none of them before frame 1
+    def link(self) -> Link:
+        """This layer as a step of a chain."""
+        conv, weights = self.conv.link()
+        return TimeMixStep(conv, doubles=True), [self.mix_factor, *weights]
+
+    def _interpolate(self, x: Tensor, stream: Stream) -> Tensor:
+        past = stream.take(self)  # the frame before x, none of them before frame 1
         head = [x[:, :, :1]] if past is None else []
         known = x[:, :, 1:] if past is None else torch.cat([past, x], dim=2)
-        if stream is not None:
-            stream.keep(self, known[:, :, -1:])
+        stream.keep(self, known[:, :, -1:])
         if known.shape[2] == 0:
             return x
         if past is None or past.shape[2] == 0:
             head.append(known[:, :, :1])
-        u, v = known[:, :, :-1], known[:, :, 1:]
-        between = torch.stack([0.75 * u + 0.25 * v, 0.25 * u + 0.75 * v], dim=3).flatten(2, 3)
-        tail = [known[:, :, -1:]] if stream is None or stream.last else []
-        return torch.cat([*head, between, *tail], dim=2)
+        tail = [known[:, :, -1:]] if stream.last else []
+        return torch.cat([*head, between(known), *tail], dim=2)
 
 
 def space_to_depth(x: Tensor, factor: Kernel) -> Tensor:

@@ -17,6 +17,9 @@ from causalvae.errors import ConfigError, RunError
 OptimizerKind = Literal["adamw", "adam", "sgd", "lion", "adamw8bit"]
 Schedule = Literal["constant", "cosine", "cosine_decay", "linear"]
 
+AGC_FACTOR = 0.01  # largest ratio of gradient to weight norm, as published for large batches
+AGC_FLOOR = 1e-3  # smallest weight norm that counts, as published
+
 
 def build_optimizer(
     named_params: Iterable[tuple[str, nn.Parameter]],
@@ -73,7 +76,7 @@ def learning_rate(step: int, *, peak: float, end: float, kind: Schedule, warmup:
     return end + 0.5 * (peak - end) * (1.0 + math.cos(math.pi * done))
 
 
-def clip_gradients(params: Iterable[nn.Parameter], max_norm: float | None) -> float:
+def clip_gradients(params: Iterable[nn.Parameter], max_norm: float | None = None) -> float:
     """Scale gradients down in place so that their joint norm is at most max_norm; return the norm before.
 
     None: only measure. A norm that is not finite is returned and nothing is changed.
@@ -85,6 +88,38 @@ def clip_gradients(params: Iterable[nn.Parameter], max_norm: float | None) -> fl
     if max_norm is not None and math.isfinite(value):
         torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm)
     return value
+
+
+def clip_by_unit(params: Iterable[nn.Parameter], factor: float = AGC_FACTOR) -> float:
+    """Scale the gradient of each unit in place to at most factor * its weight norm; the joint norm before.
+
+    A unit is one output of a convolution or linear layer, with all its incoming weights; biases, norms and
+    scalars are one unit as a whole. The weight norm counts as AGC_FLOOR at least, so that weights that begin
+    at 0 can leave it. Brock et al., High-Performance Large-Scale Image Recognition (2021), eq. 3. They leave
+    out the last linear layer, a classifier's; the last layers here are convolutions like the others, and are
+    clipped. A joint norm that is not finite is returned and nothing is changed.
+    """
+    with_grad = [p for p in params if p.grad is not None]
+    grads = [p.grad for p in with_grad if p.grad is not None]
+    if not grads:
+        return 0.0
+    norms = [unit_norms(grad) for grad in grads]
+    flat = torch.cat([norm.flatten() for norm in norms])
+    value = float(torch.linalg.vector_norm(flat))
+    if math.isfinite(value):
+        weights = torch.cat([unit_norms(p.detach()).flatten() for p in with_grad])
+        most = factor * weights.clamp(min=AGC_FLOOR)
+        scales = torch.where(flat > most, most / flat, 1.0).split([norm.numel() for norm in norms])
+        for grad, norm, scale in zip(grads, norms, scales, strict=True):
+            grad.mul_(scale.view_as(norm))  # in the gradient's own memory layout
+    return value
+
+
+def unit_norms(tensor: Tensor) -> Tensor:
+    """Norm of each unit, at least fp32: of each index of the first axis, shape n 1 1 ...; 0-d of a vector."""
+    dims = tuple(range(1, tensor.ndim)) if tensor.ndim > 1 else None
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    return torch.linalg.vector_norm(tensor, dim=dims, keepdim=tensor.ndim > 1, dtype=dtype)
 
 
 def all_finite(grads: Iterable[Tensor]) -> bool:

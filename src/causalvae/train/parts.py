@@ -8,7 +8,7 @@ import os
 import platform
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -23,7 +23,9 @@ from causalvae.flags import read_settings
 from causalvae.losses import LossPlan, build_critic
 from causalvae.machine import Machine, environment, torch_facts
 from causalvae.models.build import build
+from causalvae.models.causalvae import CausalVAE
 from causalvae.models.presets import PRESETS, CausalVAEConfig
+from causalvae.perceptual import Perceptual, Shelf, build_perceptual, refuse_change
 from causalvae.rundir import MANIFEST, Checkpoint, RunDir, damage
 from causalvae.train.optim import build_optimizer
 from causalvae.train.state import TrainState, read_counters
@@ -34,6 +36,11 @@ def check_start(settings: TrainSettings, path: Path) -> None:
     """Look at what a new run in `path` would start from, so that a mistake there leaves no folder behind."""
     if (path / "checkpoints").exists():
         return
+    if settings.mode == 2 and settings.load_from_checkpoint is None:
+        raise ConfigError(
+            f"--mode 2 evaluates a checkpoint, and {path} has none; give the --exp_name and --output_dir of "
+            "a run, or --load_from_checkpoint"
+        )
     if settings.resume not in ("auto", "never"):
         _checkpoint_at(Path(settings.resume))
     elif settings.load_from_checkpoint is not None:
@@ -61,7 +68,8 @@ def starting_point(
         if before == run.path:
             _refuse_other_videos(run.path / "run.json", source)
         torch.set_num_threads(read_counters(checkpoint.path)["threads"])
-    run.rewind("metrics.jsonl", checkpoint.step if checkpoint is not None else 0)
+    if settings.mode != 2:
+        run.rewind("metrics.jsonl", checkpoint.step if checkpoint is not None else 0)
     return settings, checkpoint
 
 
@@ -119,7 +127,10 @@ def build_state(
     logvar = nn.Parameter(
         torch.tensor(settings.logvar_init, device=device), requires_grad=settings.learn_logvar
     )
-    learned = [("logvar", logvar)] if settings.learn_logvar else []
+    learned = [
+        *_learning(vae, settings.train_parts),
+        *([("logvar", logvar)] if settings.learn_logvar else []),
+    ]
     how = {
         "kind": settings.optim,
         "lr": settings.start_learning_rate,
@@ -131,12 +142,26 @@ def build_state(
         ema=ema,
         critic=critic,
         logvar=logvar,
-        optimizer=build_optimizer([*vae.named_parameters(), *learned], **how),
+        optimizer=build_optimizer(learned, **how),
         critic_optimizer=build_optimizer(critic.named_parameters(), **how) if critic is not None else None,
     )
     if start is not None:
         state.load(start.path)
     return state, origin
+
+
+def _learning(vae: CausalVAE, parts: Literal["all", "decoder", "encoder"]) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that learn; the others are frozen.
+
+    The last layer keeps its gradient: the adaptive weight is measured at it.
+    """
+    frozen = {"all": (), "decoder": ("encoder.", "quant_conv."), "encoder": ("decoder.", "post_quant_conv.")}
+    learning = [(name, p) for name, p in vae.named_parameters() if not name.startswith(frozen[parts])]
+    names = {name for name, _ in learning}
+    for name, parameter in vae.named_parameters():
+        parameter.requires_grad_(name in names)
+    vae.last_layer.get_parameter("weight").requires_grad_(True)
+    return learning
 
 
 def _model_of(start: Checkpoint) -> tuple[CausalVAEConfig, Origin]:
@@ -165,9 +190,14 @@ def _critic(settings: TrainSettings, device: torch.device) -> nn.Module | None:
 
 def clip_plan(settings: TrainSettings) -> ClipPlan:
     """How clips are cut; the batch holds all that one update sees."""
+    sizes = settings.resolutions or (settings.resolution,)
+    frames = settings.frames or (settings.video_num_frames,)
     return ClipPlan(
-        frames=settings.video_num_frames,
-        size=(settings.resolution.height, settings.resolution.width),
+        frames=max(frames),
+        size=(sizes[0].height, sizes[0].width),
+        frame_buckets=settings.frames or (),
+        size_buckets=tuple((size.height, size.width) for size in settings.resolutions or ()),
+        image_ratio=settings.image_ratio,
         stride=settings.sample_rate,
         batch=settings.batch_size * settings.gradient_accumulation_steps,
         seed=settings.seed,
@@ -177,12 +207,46 @@ def clip_plan(settings: TrainSettings) -> ClipPlan:
     )
 
 
-def loss_plan(settings: TrainSettings) -> LossPlan:
+def find_perceptual(settings: TrainSettings, path: Path) -> tuple[Perceptual | None, list[str]]:
+    """The network of the perceptual term for the run in `path`, and what to warn of.
+
+    A run keeps to what it was begun with: ConfigError if that is another network now.
+    """
+    began = _facts_before(settings, path)
+    choice, warnings = settings.perceptual, list[str]()
+    if settings.mode == 2:
+        return None, []
+    if began is not None and choice == "auto" and began["perceptual"] is None:
+        choice, warnings = "none", ["this run was begun without a perceptual term and goes on without"]
+    smallest = min((min(size), size) for _, size in clip_plan(settings).shapes())[1]
+    found, more = build_perceptual(choice, size=smallest, shelf=Shelf.of(os.environ), progress=True)
+    if began is not None:
+        refuse_change(began["perceptual"], found, run=path)
+    return found, warnings + more
+
+
+def _facts_before(settings: TrainSettings, path: Path) -> dict[str, Any] | None:  # Any: JSON
+    """run.json of the run that goes on, or whose checkpoint --resume names; None at a beginning."""
+    if settings.resume not in ("auto", "never") and not (path / "checkpoints").exists():
+        path = Path(settings.resume).absolute().parent.parent
+    file = path / "run.json"
+    return json.loads(file.read_text()) if (path / "checkpoints").exists() and file.exists() else None
+
+
+def loss_plan(settings: TrainSettings, perceptual: Perceptual | None) -> LossPlan:
     """What the reconstruction pays for."""
-    return LossPlan(kind=settings.loss_type, kl_weight=settings.kl_weight, disc_weight=settings.disc_weight)
+    return LossPlan(
+        kind=settings.loss_type,
+        perceptual=None if perceptual is None else perceptual.module,
+        perceptual_weight=settings.perceptual_weight,
+        kl_weight=settings.kl_weight,
+        disc_weight=settings.disc_weight,
+    )
 
 
-def run_facts(source: ClipSource, origin: Origin | None) -> dict[str, Any]:  # Any: JSON
+def run_facts(
+    source: ClipSource, origin: Origin | None, *, perceptual: Perceptual | None
+) -> dict[str, Any]:  # Any: JSON
     """What a run stands on: versions, machine, data and weights."""
     return {
         "causalvae": causalvae.__version__,
@@ -195,5 +259,6 @@ def run_facts(source: ClipSource, origin: Origin | None) -> dict[str, Any]:  # A
         "jit_level": "O0",
         "deterministic": True,
         "weights": None if origin is None else {"file": str(origin.path), "sha256": origin.sha256},
+        "perceptual": None if perceptual is None else perceptual.facts(),
         "dataset": {"name": source.name, "videos": len(source), "fingerprint": source.fingerprint},
     }

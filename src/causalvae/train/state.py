@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,11 @@ from torch.optim import Optimizer
 
 from causalvae.errors import RunError, WeightsError
 from causalvae.models.causalvae import CausalVAE
-from causalvae.train.optim import load_optimizer_tensors, optimizer_tensors
+from causalvae.train.optim import load_optimizer_tensors, named, optimizer_tensors
+from causalvae.train.stability import ROLLBACK_FACTOR, LevelOff
 from causalvae.weights.read import CONFIG_KEY, MODEL_KEY, read_tensors
+
+COUNTERS = ("step", "cursor", "skipped", "rate_factor", "rollbacks")  # of the state, in state.json
 
 
 def ema_decay_at(updates: int, limit: float) -> float:
@@ -27,10 +30,12 @@ def ema_decay_at(updates: int, limit: float) -> float:
 
 @dataclass
 class TrainState:
-    """Networks, averages, optimisers and the two counters. `step` counts updates, `cursor` batches drawn.
+    """Networks, averages, optimisers and counters. `step` counts updates, `cursor` batches drawn.
 
     ema: averaged parameters by name, fp32; empty if there is no average. logvar: log variance of the pixel
-    loss, 0-d.
+    loss, 0-d. level_off: decides when the critic starts, None where a step is given. lecam: averages of the
+    critic's logits, `moved_averages`, on the CPU. skipped: steps in a row that were not finite, up to
+    now. rate_factor: multiplies every learning rate; 1 until a rollback. rollbacks: how many there were.
     """
 
     vae: CausalVAE
@@ -39,13 +44,17 @@ class TrainState:
     logvar: nn.Parameter
     optimizer: Optimizer
     critic_optimizer: Optimizer | None
+    level_off: LevelOff | None = None
+    lecam: Tensor = field(default_factory=lambda: torch.zeros(3))
     step: int = 0
     cursor: int = 0
+    skipped: int = 0
+    rate_factor: float = 1.0
+    rollbacks: int = 0
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Everything that the generator's optimiser may update, in its order."""
-        learned = [("logvar", self.logvar)] if self.logvar.requires_grad else []
-        return [*self.vae.named_parameters(), *learned]
+        """Everything that the generator's optimiser updates."""
+        return named(self.optimizer)
 
     @torch.no_grad()
     def update_ema(self, limit: float) -> None:
@@ -66,9 +75,12 @@ class TrainState:
         if self.critic is not None and self.critic_optimizer is not None:
             _write(folder / "discriminator.safetensors", self.critic.state_dict(), {})
             moments |= _prefixed("critic.", optimizer_tensors(self.critic_optimizer))
-        moments["logvar"] = self.logvar
+        moments |= {"logvar": self.logvar, "lecam": self.lecam}
         _write(folder / "optimizer.safetensors", moments, {})
-        counters = {"step": self.step, "cursor": self.cursor, "threads": torch.get_num_threads()}
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        counters |= {"threads": torch.get_num_threads()}
+        if self.level_off is not None:
+            counters["level_off"] = self.level_off.saved()
         (folder / "state.json").write_text(json.dumps(counters, indent=1) + "\n")
 
     @torch.no_grad()
@@ -83,8 +95,25 @@ class TrainState:
         if self.critic is not None and self.critic_optimizer is not None:
             self.critic.load_state_dict(read_tensors(folder / "discriminator.safetensors"), strict=True)
             load_optimizer_tensors(self.critic_optimizer, _under("critic.", moments))
+        self.lecam = moments.get("lecam", self.lecam)  # absent from the first checkpoints, as some counters
         counters = read_counters(folder)
-        self.step, self.cursor = counters["step"], counters["cursor"]
+        for name in counters.keys() & set(COUNTERS):
+            setattr(self, name, counters[name])
+        if self.level_off is not None:
+            self.level_off.restore(counters["level_off"])
+
+    def roll_back(self, folder: Path) -> None:
+        """Go back to a checkpoint of this run, with smaller learning rates and the data that comes next.
+
+        The cursor stays where it is, so the batches that led here are not drawn again. The factor is that of
+        now and not the checkpoint's, so a second rollback to one checkpoint halves the rates again. Nothing
+        is written: a run that is killed before it saves again resumes at the checkpoint as it is, meets the
+        same batches, and rolls back in the same way.
+        """
+        cursor, rate_factor, rollbacks = self.cursor, self.rate_factor, self.rollbacks
+        self.load(folder)
+        self.cursor, self.skipped = cursor, 0
+        self.rate_factor, self.rollbacks = rate_factor * ROLLBACK_FACTOR, rollbacks + 1
 
 
 def read_counters(folder: Path) -> dict[str, Any]:  # Any: JSON

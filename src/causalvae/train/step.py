@@ -6,19 +6,31 @@ answered whole, and run forward again with a graph, so that the update is that o
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from causalvae.losses import Answer, CriticLoss, LossPlan, LossTerms, answer, critic_backward, kl_loss
+from causalvae.critics.regularisers import moved_averages
+from causalvae.losses import (
+    Answer,
+    CriticLoss,
+    CriticTerms,
+    LossPlan,
+    LossTerms,
+    answer,
+    critic_backward,
+    kl_loss,
+)
 from causalvae.models.base import Posterior
 from causalvae.models.causalvae import CausalVAE
 from causalvae.train.optim import clip_gradients
 from causalvae.train.state import TrainState
 from causalvae.video import at_least_fp32, crop_frames, pad_frames
+
+Clipping = Callable[[Iterable[nn.Parameter]], float]  # changes the gradients of a network, returns their norm
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,7 @@ def train_step(
     loss: LossPlan,
     critic_loss: CriticLoss | None,
     parts: int = 1,
-    max_grad_norm: float | None = None,
+    clipping: Clipping = clip_gradients,
     ema_decay: float = 0.0,
 ) -> StepResult:
     """One update of the autoencoder, its average and the critic from one batch. The caller sets the
@@ -63,6 +75,7 @@ def train_step(
     clip.
     critic_loss: None leaves the critic out, as before disc_start.
     parts: the batch goes through the autoencoder in this many pieces, one after the other.
+    clipping: of the gradients of each network by itself; by default they are only measured.
     Raises step and cursor of the state as the result asks for.
     """
     critic = state.critic if critic_loss is not None else None
@@ -75,16 +88,15 @@ def train_step(
     norm = None
     if bool(torch.isfinite(answered.terms.total)):
         _backward(state, forward, x, z, answered=answered, kl_weight=loss.kl_weight, like=clip)
-        norm = _update(state, ema_decay=ema_decay, max_grad_norm=max_grad_norm)
+        norm = _update(state, ema_decay=ema_decay, clipping=clipping)
     state.optimizer.zero_grad(set_to_none=True)
-    if norm is None:
-        return StepResult(answered.terms, None, None, applied=False)
-    if critic is None or critic_loss is None:
-        return StepResult(answered.terms, norm, None, applied=True)
+    state.skipped = 0 if norm is not None else state.skipped + 1
+    if norm is None or critic is None or critic_loss is None:
+        return StepResult(answered.terms, norm, None, applied=norm is not None)
     judged, critic_norm = _critic_update(
-        state, critic, clip, recon, kind=critic_loss, max_grad_norm=max_grad_norm
+        state, critic, clip, recon, kind=critic_loss, loss=loss, clipping=clipping
     )
-    return StepResult(replace(answered.terms, critic=judged), norm, critic_norm, applied=True)
+    return StepResult(replace(answered.terms, **vars(judged)), norm, critic_norm, applied=True)
 
 
 def _forward(
@@ -165,12 +177,24 @@ def _backward(
         else:
             recon, posterior = forward.recons[0], forward.posteriors[0]
         kl = kl_weight * kl_loss(posterior.kl(), values_per_frame=values, num_clips=num_clips)
-        torch.autograd.backward([recon, kl], [pieces[i].to(recon.dtype), torch.ones_like(kl)])
+        ends = [(recon, pieces[i].to(recon.dtype)), (kl, torch.ones_like(kl))]
+        ends = [
+            (end, grad) for end, grad in ends if end.requires_grad
+        ]  # kl has no graph if the encoder rests
+        torch.autograd.backward([end for end, _ in ends], [grad for _, grad in ends])
+    _forget_resting(state)
 
 
-def _update(state: TrainState, *, ema_decay: float, max_grad_norm: float | None) -> float | None:
+def _forget_resting(state: TrainState) -> None:
+    """The last layer is always asked for its gradient, by the adaptive weight, though it may not learn."""
+    weight = state.vae.last_layer.get_parameter("weight")
+    if all(weight is not parameter for _, parameter in state.named_parameters()):
+        weight.grad = None
+
+
+def _update(state: TrainState, *, ema_decay: float, clipping: Clipping) -> float | None:
     """Clip and apply the autoencoder's gradients and move the average; None if they are not finite."""
-    norm = clip_gradients((p for _, p in state.named_parameters()), max_grad_norm)
+    norm = clipping(p for _, p in state.named_parameters())
     if not math.isfinite(norm):
         return None
     state.optimizer.step()
@@ -186,13 +210,25 @@ def _critic_update(
     recon: Tensor,
     *,
     kind: CriticLoss,
-    max_grad_norm: float | None,
-) -> tuple[Tensor, float | None]:
+    loss: LossPlan,
+    clipping: Clipping,
+) -> tuple[CriticTerms, float | None]:
     assert state.critic_optimizer is not None
-    judged = critic_backward(critic, clip, recon, kind=kind)
-    norm = clip_gradients(critic.parameters(), max_grad_norm)
+    judged = critic_backward(
+        critic,
+        clip,
+        recon,
+        kind=kind,
+        averages=state.lecam,
+        lecam_weight=loss.lecam_weight,
+        r1_weight=loss.r1_weight,
+    )
+    norm = clipping(critic.parameters())
     finite = math.isfinite(norm)
     if finite:
         state.critic_optimizer.step()
+        state.lecam = moved_averages(
+            state.lecam, real=judged.critic_logit_real, fake=judged.critic_logit_fake
+        )
     state.critic_optimizer.zero_grad(set_to_none=True)
     return judged, norm if finite else None

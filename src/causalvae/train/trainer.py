@@ -1,12 +1,10 @@
-"""The training of a video VAE from settings to a run's folder: the loop, its records, saves and signals.
+"""The training of a video VAE from settings to a run's folder: what is opened, built and closed around the
+loop.
 
-Reads TrainSettings together with `train.parts`; everything below takes plain arguments.
+Reads TrainSettings together with `train.parts` and `train.loop`; everything below takes plain arguments.
 """
 
 import os
-import resource
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,30 +14,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from causalvae import rng
-from causalvae.config import TrainSettings, decay_steps, notices, to_yaml, warmup_steps
+from causalvae.config import TrainSettings, notices, to_yaml
 from causalvae.data.clips import ClipPlan, center_clip
 from causalvae.data.loader import ClipLoader
 from causalvae.data.sources import ClipSource, open_source
-from causalvae.errors import RunError, VideoError
+from causalvae.errors import VideoError
 from causalvae.files import redact
 from causalvae.flags import Given
-from causalvae.geometry import Geometry
-from causalvae.losses import LossPlan
 from causalvae.machine import pick_device
-from causalvae.rundir import RunDir, run_path
-from causalvae.train.optim import learning_rate, set_learning_rate
-from causalvae.train.parts import build_state, check_start, clip_plan, loss_plan, run_facts, starting_point
+from causalvae.perceptual import Perceptual
+from causalvae.rundir import Checkpoint, RunDir, run_path
+from causalvae.train.heldout import evaluate_held_out
+from causalvae.train.loop import Training, record, report_held_out, train_until_done
+from causalvae.train.parts import (
+    build_state,
+    check_start,
+    clip_plan,
+    find_perceptual,
+    loss_plan,
+    run_facts,
+    starting_point,
+)
 from causalvae.train.runlog import RunLog
-from causalvae.train.samples import write_samples
 from causalvae.train.signals import StopRequest, stop_on_signal
 from causalvae.train.state import TrainState
-from causalvae.train.step import StepResult, train_step
-from causalvae.video import to_model
 
-MAX_SKIPPED = 20  # steps in a row that were not finite, after which a run stops
 NUM_SAMPLES = 2  # fixed clips that are reconstructed at every save
-OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # words of torch's RuntimeError
 
 
 @dataclass(frozen=True)
@@ -51,20 +51,18 @@ class RunResult:
     step: int
 
 
-@dataclass
-class _Training:
-    """The parts of one run in one process. facts: what run.json says but for the warnings."""
+@dataclass(frozen=True)
+class _Asked:
+    """What a call of `train` was given, opened: settings in force, videos, where to compute, when to stop."""
 
     settings: TrainSettings
-    run: RunDir
-    log: RunLog
-    state: TrainState
-    loader: ClipLoader
-    loss: LossPlan
-    samples: list[Tensor]
-    facts: dict[str, Any]  # Any: JSON
-    skipped: int = 0
-    saved: int = -1
+    given: Mapping[str, Given] | None
+    command: Sequence[str]
+    device: torch.device
+    source: ClipSource
+    held_out: ClipSource | None
+    perceptual: Perceptual | None
+    stop: StopRequest
 
 
 def train(
@@ -79,28 +77,48 @@ def train(
     warnings = notices(settings, given)
     device = torch.device(pick_device(settings.device))
     source = open_source(settings.video_path)
+    held_out = open_source(settings.eval_video_path) if settings.eval_video_path is not None else None
     path = run_path(settings.output_dir, settings.exp_name)
     check_start(settings, path)
+    perceptual, more = find_perceptual(settings, path)
+    if perceptual is not None:
+        perceptual.module.to(device)
     with deterministic(), stop_on_signal() as stop, RunDir(path) as run:
         settings, start = starting_point(run, settings, source=source)
         with RunLog(
             run, max_steps=settings.max_steps, log_steps=settings.log_steps, tensorboard=settings.tensorboard
         ) as log:
-            for warning in warnings:
+            for warning in warnings + more:
                 log.warn(warning)
-            state, origin = build_state(settings, device, start=start)
-            run.write_text("config.yaml", to_yaml(settings, given))
-            facts = {"command": redact(command), "device": str(device), **run_facts(source, origin)}
-            _record(run, log, facts)
-            if state.step < settings.max_steps:
-                _run(settings, run, log, state=state, source=source, stop=stop, facts=facts)
-                _record(run, log, facts)
-                log.say(
-                    f"step {state.step}: {'stopped' if stop.number else 'done'}; the run is in {run.path}"
-                )
-            else:
-                log.say(f"{run.path} is already at step {state.step}; raise --max_steps to go on")
-    return RunResult(run.path, stop.status, state.step)
+            asked = _Asked(settings, given, command, device, source, held_out, perceptual, stop)
+            step = _work(asked, run, log, start=start)
+    return RunResult(path, stop.status, step)
+
+
+def _work(asked: _Asked, run: RunDir, log: RunLog, *, start: Checkpoint | None) -> int:
+    """Evaluate or train; the step at the end."""
+    settings = asked.settings
+    state, origin = build_state(settings, asked.device, start=start)
+    if settings.mode == 2:
+        videos, plan = asked.held_out or asked.source, clip_plan(settings)
+        report_held_out(
+            run, log, step=state.step, result=evaluate_held_out(state.vae, videos, plan, weights=state.ema)
+        )
+        return state.step
+    run.write_text("config.yaml", to_yaml(settings, asked.given))
+    facts = {
+        "command": redact(asked.command),
+        "device": str(asked.device),
+        **run_facts(asked.source, origin, perceptual=asked.perceptual),
+    }
+    record(run, log, facts)
+    if state.step >= settings.max_steps:
+        log.say(f"{run.path} is already at step {state.step}; raise --max_steps to go on")
+        return state.step
+    _train(asked, run, log, state=state, facts=facts)
+    record(run, log, facts)
+    log.say(f"step {state.step}: {'stopped' if asked.stop.number else 'done'}; the run is in {run.path}")
+    return state.step
 
 
 @contextmanager
@@ -121,168 +139,52 @@ def deterministic() -> Iterator[None]:
         options.fill_uninitialized_memory = before[1]
 
 
-def _run(
-    settings: TrainSettings,
+def _train(
+    asked: _Asked,
     run: RunDir,
     log: RunLog,
     *,
     state: TrainState,
-    source: ClipSource,
-    stop: StopRequest,
-    facts: dict[str, Any],
+    facts: dict[str, Any],  # Any: JSON
 ) -> None:
+    settings, source = asked.settings, asked.source
     plan = clip_plan(settings)
+    with _loader(asked, run, log, plan=plan, cursor=state.cursor) as loader:
+        training = Training(
+            settings=settings,
+            run=run,
+            log=log,
+            state=state,
+            loader=loader,
+            loss=loss_plan(settings, asked.perceptual),
+            samples=_fixed_clips(source, plan),
+            held_out=asked.held_out,
+            plan=plan,
+            facts=facts,
+        )
+        log.say(f"{settings.exp_name}: {len(source)} videos, {_size_of(state.vae)}, from step {state.step}")
+        log.start(state.step)
+        train_until_done(training, asked.stop)
+
+
+def _loader(asked: _Asked, run: RunDir, log: RunLog, *, plan: ClipPlan, cursor: int) -> ClipLoader:
+    """The clips from this cursor on; bad videos are told once, and known ones not even opened."""
     known = run.records("quarantine.jsonl")
 
     def quarantine(record: dict[str, Any]) -> None:
         run.append("quarantine.jsonl", record)
         log.warn(f"{record['video']} is left out: {record['reason']}")
 
-    with ClipLoader(
-        source,
+    return ClipLoader(
+        asked.source,
         plan,
-        cursor=state.cursor,
-        workers=settings.dataloader_num_workers,
-        clip_timeout=settings.clip_timeout,
+        cursor=cursor,
+        workers=asked.settings.dataloader_num_workers,
+        clip_timeout=asked.settings.clip_timeout,
         quarantined={record["video"] for record in known},
         unreadable={record["video"]: record["reason"] for record in known if record["whole"]},
         on_quarantine=quarantine,
-    ) as loader:
-        samples = _fixed_clips(source, plan)
-        training = _Training(settings, run, log, state, loader, loss_plan(settings), samples, facts)
-        log.say(f"{settings.exp_name}: {len(source)} videos, {_size_of(state.vae)}, from step {state.step}")
-        log.start(state.step)
-        _loop(training, stop)
-
-
-def _loop(training: _Training, stop: StopRequest) -> None:
-    state, settings = training.state, training.settings
-    while state.step < settings.max_steps and not stop.number:
-        try:
-            result = _step(training)
-        except RuntimeError as error:
-            raise _explained(error, training) from error
-        if result.applied and (state.step % settings.save_steps == 0 or state.step == settings.max_steps):
-            _save(training)
-    if stop.number and training.saved != state.step and state.step > 0:
-        _save(training)
-
-
-def _explained(error: RuntimeError, training: _Training) -> Exception:
-    """Torch's error as one that a user can act on, where it is a lack of memory; else the error itself."""
-    if not any(words in str(error) for words in OUT_OF_MEMORY):
-        return error
-    return RunError(
-        f"step {training.state.step + 1}: there is not enough memory for a step of this size; lower "
-        "--batch_size, --resolution or --video_num_frames. The last checkpoint is intact",
-        status=1,
     )
-
-
-def _record(run: RunDir, log: RunLog, facts: Mapping[str, Any]) -> None:
-    """Say what the folder warned of since this was last called, and write run.json with every warning."""
-    while run.warnings:
-        log.warn(run.warnings.pop(0))
-    run.write_json("run.json", {**facts, "warnings": log.warnings})
-
-
-def _step(training: _Training) -> StepResult:
-    state, settings = training.state, training.settings
-    device = state.logvar.device
-    clips = next(training.loader)
-    rate = learning_rate(
-        state.step,
-        peak=settings.start_learning_rate,
-        end=settings.end_learning_rate,
-        kind=settings.lr_scheduler,
-        warmup=warmup_steps(settings),
-        decay=decay_steps(settings),
-    )
-    for optimizer in (state.optimizer, state.critic_optimizer):
-        if optimizer is not None:
-            set_learning_rate(optimizer, rate)
-    x = to_model(clips.pixels.to(device)).contiguous(memory_format=torch.channels_last_3d)
-    noise = draw_noise(state.vae.geometry, x.shape, seed=settings.seed, cursor=state.cursor).to(device)
-    judging = state.critic is not None and state.step >= settings.disc_start
-    result = train_step(
-        state,
-        x,
-        noise,
-        loss=training.loss,
-        critic_loss=settings.disc_loss if judging else None,
-        parts=settings.gradient_accumulation_steps,
-        max_grad_norm=settings.max_grad_norm if settings.clip_grad else None,
-        ema_decay=settings.ema_decay,
-    )
-    _report(training, result, rate=rate, names=[request.video.id for request in clips.requests])
-    return result
-
-
-def draw_noise(geometry: Geometry, shape: Sequence[int], *, seed: int, cursor: int) -> Tensor:
-    """Noise of a batch of clips b 3 t h w: b c k h w, a function of (seed, cursor, sample, latent frame)."""
-    c, k, h, w = geometry.latent_shape(*shape[2:])
-    clips = [
-        torch.stack([rng.normal((c, h, w), rng.key("noise", seed, cursor, i, j)) for j in range(k)], dim=1)
-        for i in range(shape[0])
-    ]
-    return torch.stack(clips)
-
-
-def _report(training: _Training, result: StepResult, *, rate: float, names: list[str]) -> None:
-    training.skipped = 0 if result.applied else training.skipped + 1
-    numbers: dict[str, float | None] = {
-        "cursor": training.state.cursor,
-        **result.terms.numbers(),
-        "learning_rate": rate,
-        "grad_norm": result.grad_norm,
-        "critic_grad_norm": result.critic_grad_norm,
-        "memory_gib": _peak_memory(training.state.logvar.device) / 2**30,
-    }
-    if not result.applied:
-        numbers = {name: value for name, value in numbers.items() if name in ("cursor", "learning_rate")}
-        numbers["skipped"] = training.skipped
-        training.log.warn(
-            f"step {training.state.step}: loss or gradients not finite, nothing updated; clips: "
-            f"{', '.join(names)}"
-        )
-    training.log.step(
-        training.state.step,
-        numbers,
-        clips=len(names),
-        wait=training.loader.take_wait(),
-        notable=not result.applied,
-    )
-    if training.skipped >= MAX_SKIPPED:
-        raise RunError(
-            f"{MAX_SKIPPED} steps in a row were not finite, last with {', '.join(names)}. The checkpoints "
-            "before are good: start again with a lower --start_learning_rate or with --clip_grad True",
-            status=1,
-        )
-
-
-def _save(training: _Training) -> None:
-    state, run = training.state, training.run
-    started = time.monotonic()
-    try:
-        _save_once(run, state)
-    except RunError as error:
-        if error.__cause__ is None or not run.path.exists():  # not the disk's: it would fail again
-            raise
-        training.log.warn(f"{error}. Trying once more")
-        _save_once(run, state)
-    training.saved = state.step
-    run.prune(training.settings.keep_checkpoints)
-    _record(run, training.log, training.facts)
-    training.log.say(f"step {state.step}: checkpoint saved in {time.monotonic() - started:.1f} s")
-    if training.samples:
-        write_samples(
-            run.path / "samples", state.step, vae=state.vae, clips=training.samples, weights=state.ema
-        )
-
-
-def _save_once(run: RunDir, state: TrainState) -> None:
-    with run.stage(state.step) as folder:
-        state.save(folder)
 
 
 def _fixed_clips(source: ClipSource, plan: ClipPlan) -> list[Tensor]:
@@ -300,11 +202,3 @@ def _fixed_clips(source: ClipSource, plan: ClipPlan) -> list[Tensor]:
 
 def _size_of(module: nn.Module) -> str:
     return f"{sum(p.numel() for p in module.parameters()) / 1e6:.1f} M parameters"
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU where there is one, else the largest resident set of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
