@@ -7,8 +7,8 @@ backward pass, the critic's turn and split batches are all in the figure, whatev
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -18,14 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from causalvae.losses import LossPlan
-from causalvae.models.causalvae import CausalVAE
+from causalvae.models.causalvae import CausalVAE, set_recompute
 from causalvae.train.state import TrainState
 from causalvae.train.step import train_step
 
 MOMENTS = {"adamw": 2.0, "adam": 2.0, "adamw8bit": 0.5, "sgd": 1.0, "lion": 1.0}  # fp32 values per weight
 LIBRARIES = 96 * 2**20  # bytes: code that torch loads at the first step, and the allocator's small change
 
-Metric = Callable[[Tensor, Tensor], Tensor]
+PLAIN = LossPlan()
+
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -50,24 +51,28 @@ def step_bytes(
     ema: bool = True,
     optimizer: str = "adamw",
     masters: bool = False,
-    perceptual: Metric | None = None,
+    loss: LossPlan = PLAIN,
+    recompute: bool = False,
 ) -> StepBytes:
     """Memory of a step of this shape with these networks, as they are: their numbers, layout, recomputation.
 
     vae, critic: on any device, the meta device too; they are not touched, and their weights are not copied.
-    shape: b 3 t h w of the whole batch. perceptual: as LossPlan takes it; a module, or a function of modules
-    that are on the meta device. optimizer: as --optim. masters: weights below fp32 have fp32 masters.
+    shape: b 3 t h w of the whole batch, padded or not. loss: its perceptual term is a module on any device,
+    or a function that takes the meta device. optimizer: as --optim. masters: weights below fp32 have masters
+    in fp32.
     """
     with LiveBytes() as live:
         state = _twin(vae, critic, ema=ema, moments=MOMENTS[optimizer], masters=masters)
-        metric = on_meta(perceptual) if isinstance(perceptual, nn.Module) else perceptual
+        set_recompute(state.vae, on=recompute)
+        metric = loss.perceptual
+        loss = replace(loss, perceptual=on_meta(metric) if isinstance(metric, nn.Module) else metric)
         at_rest = live.bytes
         b, _, t, h, w = shape
         live.count(torch.empty(tuple(shape), dtype=torch.uint8, device="meta"))  # as the loader gives it
         clip = torch.empty(tuple(shape), device="meta").contiguous(memory_format=torch.channels_last_3d)
         noise = torch.empty((b, *vae.geometry.latent_shape(t, h, w)), device="meta")
         judge = "hinge" if critic is not None else None
-        train_step(state, clip, noise, loss=LossPlan(perceptual=metric), critic_loss=judge, parts=parts)
+        train_step(state, clip, noise, loss=loss, critic_loss=judge, parts=parts)
     return StepBytes(at_rest=at_rest + LIBRARIES, peak=live.peak + LIBRARIES)
 
 
@@ -96,6 +101,7 @@ def _twin(
         logvar=nn.Parameter(torch.zeros((), device="meta"), requires_grad=False),
         optimizer=_Moments(vae, moments, masters=masters),
         critic_optimizer=_Moments(critic, moments, masters=masters) if critic is not None else None,
+        lecam=torch.zeros(3, device="meta"),
     )
 
 
@@ -107,7 +113,7 @@ class _Moments(Optimizer):
     """Holds what an optimiser holds, and updates nothing: the fused kernels make no temporaries."""
 
     def __init__(self, network: nn.Module, moments: float, *, masters: bool) -> None:
-        super().__init__(network.parameters(), {})
+        super().__init__(network.named_parameters(), {})
         for param in (param for param in network.parameters() if param.requires_grad):
             values = moments * param.numel()
             if masters and param.dtype.itemsize < torch.float32.itemsize:
