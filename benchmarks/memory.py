@@ -139,11 +139,21 @@ def main() -> None:
     print("| model | critic | clips | parts | recomputed | predicted, MiB | measured, MiB | error |")
     print("|---|---|---|---|---|---|---|---|")
     for case in (case for case in CASES if args.only in str(case)):
-        command = [sys.executable, __file__, "--threads", str(args.threads), "--case", json.dumps(asdict(case))]
+        command = [
+            sys.executable,
+            __file__,
+            "--threads",
+            str(args.threads),
+            "--case",
+            json.dumps(asdict(case)),
+        ]
         measured = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         predicted = predict(case)
         error = predicted / measured - 1
-        print(f"| {case} | {predicted / 2**20:.0f} | {measured / 2**20:.0f} | {100 * error:+.1f} % |", flush=True)
+        print(
+            f"| {case} | {predicted / 2**20:.0f} | {measured / 2**20:.0f} | {100 * error:+.1f} % |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

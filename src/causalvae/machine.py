@@ -24,6 +24,7 @@ ASSUME_BF16 = (
 )
 SLOWEST = 1.25  # time of bf16 over that of fp32 above which a CPU counts as having none
 CGROUP = Path("/sys/fs/cgroup")
+SHARE_OF_FREE = 0.85  # of free memory: predictions are off by up to 15 %
 UNLIMITED_BYTES = 1 << 60  # cgroup v1 writes a number above this for no limit
 ENVIRONMENT = (  # names of the environment that may be written into a run; nothing else of it ever is
     ASSUME_BF16, "CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "MKL_NUM_THREADS", "OMP_NUM_THREADS",
@@ -193,6 +194,21 @@ def pick_device(name: str) -> str:
 def free_disk_bytes(path: Path) -> int:
     """Free bytes where this path is or will be."""
     return shutil.disk_usage(next(each for each in (path, *path.absolute().parents) if each.exists())).free
+
+
+def available_bytes(device: str) -> int | None:
+    """Memory that a training may take on a device: what is free now, less what others may want meanwhile."""
+    import torch
+
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return int(torch.cuda.mem_get_info(torch.device(device))[0] * SHARE_OF_FREE)
+    free = [
+        int(line.split()[1]) * 1024 for line in _lines(Path("/proc/meminfo")) if line.startswith("MemAvail")
+    ]
+    limit = _memory_bytes()
+    known = [*free, *([limit] if limit is not None else [])]
+    return int(min(known) * SHARE_OF_FREE) if known and kind == "cpu" else None
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:

@@ -42,7 +42,7 @@ class StepBytes:
     peak: int
 
 
-def step_bytes(
+def step_bytes(  # noqa: PLR0913  as many things as memory depends on
     vae: CausalVAE,
     critic: nn.Module | None,
     *,
@@ -85,7 +85,9 @@ def on_meta(network: Network) -> Network:
 def _meta(tensor: Tensor) -> Tensor:
     """A tensor of the same shape, numbers and layout without memory; a parameter for a parameter."""
     empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return (
+        nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    )
 
 
 def _twin(
