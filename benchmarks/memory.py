@@ -21,8 +21,8 @@ from causalvae.losses import LossPlan, build_critic
 from causalvae.models.build import build
 from causalvae.models.causalvae import CausalVAE
 from causalvae.models.presets import PRESETS, CausalVAEConfig
+from causalvae.train.networks import lay_out
 from causalvae.train.optim import build_optimizer
-from causalvae.train.parts import lay_out
 from causalvae.train.predict import step_bytes
 from causalvae.train.state import TrainState
 from causalvae.train.step import train_step
@@ -37,7 +37,7 @@ MODELS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A step to be measured: model, critic (2d, 3d or none), clips, frames, short side, parts, recomputation."""
+    """A step to be measured: model, critic (2d, 3d or none), clips, frames, side, parts, recomputation."""
 
     model: str
     critic: str
@@ -87,7 +87,6 @@ def networks(case: Case) -> tuple[CausalVAE, nn.Module | None]:
 
 def measure(case: Case, *, steps: int = 2) -> int:
     """Bytes that a training of this case takes above this process before it. Meant for a fresh process."""
-    warm_up()
     before = resident("VmRSS")
     vae, critic = networks(case)
     how = {"kind": "adamw", "lr": 1e-4}
@@ -105,10 +104,6 @@ def measure(case: Case, *, steps: int = 2) -> int:
     for _ in range(steps):
         train_step(state, clip, noise, loss=LossPlan(), critic_loss=judge, parts=case.parts)
     return resident("VmHWM") - before
-
-
-def warm_up() -> None:
-    pass
 
 
 def resident(name: str) -> int:

@@ -35,12 +35,13 @@ infer
 evaluate  export
 train.optim  train.convolutions  train.precision  train.stability  train.compiling  train.debug
 train.parallel  train.signals  train.samples  train.heldout
-train.state  train.runlog  train.replay  train.step  train.predict  train.plan  train.parts
+train.state  train.runlog  train.replay  train.step  train.predict  train.plan  train.parts  train.networks
 train.loop  train.trainer
 report  explain  doctor  demo
 cli
 """
 MAY_IMPORT_TORCH_LATE = ("machine",)  # inside a function; cli may import any stage there
+READERS = ("train.parts", "train.networks", "train.loop", "train.trainer")  # of TrainSettings
 HEAVY = ("torch", "torchvision", "tensorboard")  # packages that take torch with them
 
 
@@ -136,14 +137,22 @@ def test_no_import_is_relative_and_none_takes_all_names() -> None:
 
 
 def test_only_the_trainer_and_the_demo_see_the_settings() -> None:
-    allowed = {"config", "cli", "train.parts", "train.loop", "train.trainer", "explain", "doctor", "demo"}
+    allowed = {
+        "config",
+        "cli",
+        "train.parts",
+        "train.networks",
+        "train.loop",
+        "train.trainer",
+        "explain",
+        "doctor",
+        "demo",
+    }
     assert {each.module for each in IMPORTS if each.target == "causalvae.config"} <= allowed
 
 
 def test_every_flag_is_read_by_the_trainer_or_answered_for() -> None:
-    readers = [
-        ast.parse(MODULES[name].read_text()) for name in ("train.parts", "train.loop", "train.trainer")
-    ]
+    readers = [ast.parse(MODULES[name].read_text()) for name in READERS]
     readers += [
         n for n in ast.walk(ast.parse(MODULES["config"].read_text())) if isinstance(n, ast.FunctionDef)
     ]

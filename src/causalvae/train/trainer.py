@@ -27,9 +27,8 @@ from causalvae.rundir import Checkpoint, RunDir, run_path
 from causalvae.train.compiling import compile_blocks
 from causalvae.train.heldout import evaluate_held_out
 from causalvae.train.loop import Training, record, repeat_step, report_held_out, train_until_done
+from causalvae.train.networks import Built, build_state
 from causalvae.train.parts import (
-    Built,
-    build_state,
     check_start,
     choose_precision,
     clip_plan,
