@@ -9,7 +9,7 @@ from causalvae.errors import ConfigError
 from causalvae.flags import MemoryBudget
 from causalvae.losses import LossPlan
 from causalvae.models.causalvae import CausalVAE
-from causalvae.train.predict import StepBytes, step_bytes
+from causalvae.train.predict import step_bytes
 
 GIB = 2**30
 # More than any model here keeps of a value of the clip, in bytes: what is surely small is not counted.
@@ -66,21 +66,15 @@ def plan_step(
     budget = memory.num_bytes if memory.num_bytes is not None else available_bytes
     if budget is None or (memory.num_bytes is None and _surely_fits(vae, critic, shapes, budget)):
         return StepPlan(parts, budget_bytes=budget)
+    how = {"optimizer": optimizer, "loss": loss}
     plan = StepPlan(parts)
-    for plan in _candidates(parts, clips=max(shape[0] for shape in shapes)):
+    for each in _candidates(parts, clips=max(shape[0] for shape in shapes)):
+        pieces = [(shape, min(each.parts, shape[0])) for shape in shapes]
         sizes = [
-            step_bytes(
-                vae,
-                critic,
-                shape=shape,
-                parts=min(plan.parts, shape[0]),
-                optimizer=optimizer,
-                loss=loss,
-                recompute=plan.recompute,
-            )
-            for shape in shapes
+            step_bytes(vae, critic, shape=shape, parts=n, recompute=each.recompute, **how).peak
+            for shape, n in pieces
         ]
-        plan = _with_bytes(plan, sizes, budget)
+        plan = StepPlan(each.parts, each.recompute, max(sizes), budget)
         if plan.fits:
             return plan
     if memory.num_bytes is not None and plan.peak_bytes is not None:
@@ -106,10 +100,6 @@ def _candidates(parts: int, *, clips: int) -> Iterator[StepPlan]:
     while plan is not None:
         yield plan
         plan = smaller(plan, clips=clips)
-
-
-def _with_bytes(plan: StepPlan, sizes: Sequence[StepBytes], budget: int) -> StepPlan:
-    return StepPlan(plan.parts, plan.recompute, max(size.peak for size in sizes), budget)
 
 
 def _surely_fits(

@@ -103,16 +103,7 @@ def train(
 
 def _work(asked: _Asked, run: RunDir, log: RunLog, *, start: Checkpoint | None) -> int:
     """Evaluate or train; the step at the end."""
-    settings = asked.settings
-    given = asked.given or {}
-    built = build_state(
-        settings,
-        asked.device,
-        start=start,
-        precision=asked.precision,
-        loss=loss_plan(settings, asked.perceptual),
-        scaled="init_loss_scale" in given or "loss_scale_window" in given,
-    )
+    settings, built = asked.settings, _built(asked, start=start)
     state = built.state
     if settings.mode == 2:
         videos, plan = asked.held_out or asked.source, clip_plan(settings)
@@ -143,6 +134,18 @@ def _work(asked: _Asked, run: RunDir, log: RunLog, *, start: Checkpoint | None) 
     record(run, log, facts)
     log.say(f"step {state.step}: {'stopped' if asked.stop.number else 'done'}; the run is in {run.path}")
     return state.step
+
+
+def _built(asked: _Asked, *, start: Checkpoint | None) -> Built:
+    given = asked.given or {}
+    return build_state(
+        asked.settings,
+        asked.device,
+        start=start,
+        precision=asked.precision,
+        loss=loss_plan(asked.settings, asked.perceptual),
+        scaled="init_loss_scale" in given or "loss_scale_window" in given,
+    )
 
 
 @contextmanager
