@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from causalvae.errors import ConfigError
-from causalvae.machine import Machine, environment, free_disk_bytes, pick_device, torch_facts
+from causalvae.machine import (
+    ASSUME_BF16,
+    BF16_FLAGS,
+    Machine,
+    capability,
+    environment,
+    free_disk_bytes,
+    home,
+    pick_device,
+    torch_facts,
+)
 
 
 def test_a_look_at_the_machine_agrees_with_the_system_and_needs_no_torch() -> None:
@@ -51,3 +61,21 @@ def test_only_listed_variables_of_the_environment_are_written_down() -> None:
 
 def test_free_space_is_told_for_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
     assert free_disk_bytes(tmp_path / "a" / "b") > 0
+
+
+def test_bf16_on_a_cpu_takes_the_flags_of_the_cpu_or_the_word_of_an_expert() -> None:
+    found = capability("cpu", {})
+    flags = set(Machine.look().cpu_flags) & set(BF16_FLAGS)
+    if not flags:
+        assert "has no bf16" in found.missing["bf16"]
+    assumed = capability("cpu", {ASSUME_BF16: "1"}, names=("bf16",))
+    assert "fp16" not in assumed.remarks
+    assert "bf16" not in assumed.missing
+    if "bf16" in found.missing:
+        assert ASSUME_BF16 in assumed.remarks["bf16"]
+    assert environment({ASSUME_BF16: "1"}) == {ASSUME_BF16: "1"}
+
+
+def test_things_are_kept_where_the_environment_says(tmp_path: Path) -> None:
+    assert home({"CAUSALVAE_HOME": str(tmp_path)}) == tmp_path
+    assert home({"CAUSALVAE_HOME": ""}) == Path.home() / ".cache" / "causalvae"

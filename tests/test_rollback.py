@@ -111,7 +111,7 @@ def test_rolling_back_restores_the_checkpoint_with_half_the_rate_and_the_next_da
     state.roll_back(folder)
     assert_equal(everything(state), good)
     assert (state.step, state.cursor, state.skipped) == (1, 6, 0)
-    assert (state.rate_factor, state.rollbacks) == (0.5, 1)
+    assert (state.rate_factor, state.rollbacks, state.went_back_to) == (0.5, 1, 1)
     assert state.level_off is not None
     assert state.level_off.saved() == level
     assert kit_step(state, poison=bad)  # the bad batches are behind it
@@ -145,16 +145,25 @@ def test_a_run_killed_before_or_after_it_saved_its_rollback_ends_as_the_one_neve
         assert (resumed.step, resumed.rate_factor, resumed.rollbacks) == (whole.step, 0.5, 1)
 
 
+goes_back_to = partial(rollback_step, save_steps=10)
+
+
 def test_a_run_goes_back_to_a_step_that_it_saves_whether_it_was_stopped_or_not() -> None:
-    assert rollback_step([10, 20], before=25, save_steps=10) == 20
-    assert rollback_step([10, 20, 23], before=25, save_steps=10) == 20  # 23 was saved because of a signal
-    assert rollback_step([23, 27], before=29, save_steps=10) == 27
+    assert goes_back_to([10, 20], before=25, tried=None) == 20
+    assert goes_back_to([10, 20, 23], before=25, tried=None) == 20  # 23 was saved because of a signal
+    assert goes_back_to([23, 27], before=29, tried=None) == 27
 
 
 def test_a_run_does_not_go_back_to_the_weights_that_it_has() -> None:
-    assert rollback_step([10, 20], before=20, save_steps=10) == 10
-    assert rollback_step([20], before=20, save_steps=10) is None
-    assert rollback_step([], before=7, save_steps=10) is None
+    assert goes_back_to([10, 20], before=20, tried=None) == 10
+    assert goes_back_to([20], before=20, tried=None) is None
+    assert goes_back_to([], before=7, tried=None) is None
+
+
+def test_a_run_goes_further_back_before_it_tries_a_step_again() -> None:
+    assert goes_back_to([10, 20], before=25, tried=20) == 10
+    assert goes_back_to([10, 20, 30], before=31, tried=20) == 30
+    assert goes_back_to([20], before=25, tried=20) == 20
 
 
 def test_checkpoints_after_the_one_gone_back_to_make_room_and_are_kept(tmp_path: Path) -> None:

@@ -6,23 +6,29 @@ Limits of containers count: where a cgroup or an affinity mask gives less than t
 import os
 import platform
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from causalvae.errors import ConfigError
 
-CPU_FLAGS = (
-    "avx2",
-    "avx512f",
-    "avx512_bf16",
-    "amx_bf16",
-)  # that decide what a CPU is fast at
+if TYPE_CHECKING:
+    import torch
+
+BF16_FLAGS = ("avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16")  # the last is that of ARM
+CPU_FLAGS = ("avx2", "avx512f", *BF16_FLAGS)  # that decide what a CPU is fast at
+ASSUME_BF16 = (
+    "CAUSALVAE_ASSUME_BF16"  # 1: compute in bf16 even where the probe says no, for tests and experts
+)
+SLOWEST = 1.25  # time of bf16 over that of fp32 above which a CPU counts as having none
 CGROUP = Path("/sys/fs/cgroup")
+SHARE_OF_FREE = 0.85  # of free memory: predictions are off by up to 15 %
 UNLIMITED_BYTES = 1 << 60  # cgroup v1 writes a number above this for no limit
 ENVIRONMENT = (  # names of the environment that may be written into a run; nothing else of it ever is
-    "CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "ONEDNN_MAX_CPU_ISA", "RANK",
-    "SLURM_JOB_ID", "SLURM_NODELIST", "WORLD_SIZE",
+    ASSUME_BF16, "CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "MKL_NUM_THREADS", "OMP_NUM_THREADS",
+    "ONEDNN_MAX_CPU_ISA", "RANK", "SLURM_JOB_ID", "SLURM_NODELIST", "WORLD_SIZE",
 )  # fmt: skip
 
 
@@ -77,6 +83,98 @@ def torch_facts() -> TorchFacts:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Capability:
+    """What a device can do with numbers of 16 bits: for bf16 and fp16, why not, and what there is to say.
+
+    missing: reasons, of those that it has not. remarks: of those that it has, with something against them.
+    """
+
+    missing: Mapping[str, str] = field(default_factory=dict)
+    remarks: Mapping[str, str] = field(default_factory=dict)
+
+
+def capability(
+    device: str, variables: Mapping[str, str], *, names: Sequence[str] = ("bf16", "fp16")
+) -> Capability:
+    """Try what this device can do with these numbers; those not asked for count as there.
+
+    variables: the environment, which may assume bf16.
+    """
+    import torch
+
+    kind = torch.device(device).type
+    missing = {name: why for name in names if (why := _why_not(name, device)) is not None}
+    remarks: dict[str, str] = {}
+    if "bf16" in missing and variables.get(ASSUME_BF16) == "1":
+        remarks["bf16"] = f"{missing.pop('bf16')}; it is used because {ASSUME_BF16} says so, and may be slow"
+    if kind == "cpu" and "fp16" in names and "fp16" not in missing:
+        ratio = _time_ratio(torch.float16, side=8)  # small: without hardware it is slow
+        if ratio > SLOWEST:
+            remarks["fp16"] = f"fp16 takes {ratio:.1f} times as long as fp32 on this CPU"
+    return Capability(missing=missing, remarks=remarks)
+
+
+def _why_not(name: str, device: str) -> str | None:
+    """Why a device has no bf16 or fp16, None if it has. A GPU is asked; a CPU's flags and a timing decide."""
+    import torch
+
+    kind, numbers = torch.device(device).type, {"bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    if kind == "cuda":
+        with torch.cuda.device(device):
+            has = name == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
+        return None if has else f"{torch.cuda.get_device_name(device)} has no {name} (A100 and later have)"
+    if not _convolves(device, numbers):
+        return f"torch {torch.__version__} can't train a 3D convolution in {name} on {kind}"
+    if kind != "cpu" or name == "fp16":
+        return None
+    if not set(BF16_FLAGS) & set(_cpu()[1]):
+        return f"this CPU has no bf16 (none of {', '.join(BF16_FLAGS)})"
+    ratio = _time_ratio(numbers, side=32)
+    return f"bf16 takes {ratio:.1f} times as long as fp32 on this CPU" if ratio > SLOWEST else None
+
+
+def _convolves(device: str, numbers: "torch.dtype") -> bool:
+    """Whether a 3D convolution and its backward pass give finite numbers."""
+    import torch
+
+    x = torch.linspace(-1, 1, 8 * 3 * 6 * 6, device=device).view(1, 8, 3, 6, 6).to(numbers).requires_grad_()
+    weight = torch.linspace(-1, 1, 8 * 8 * 27, device=device).view(8, 8, 3, 3, 3).to(numbers)
+    try:
+        y = torch.conv3d(x, weight.requires_grad_(), padding=1)
+        grads = torch.autograd.grad(y, (x, weight), torch.ones_like(y))
+    except RuntimeError:
+        return False
+    return all(bool(torch.isfinite(tensor).all()) for tensor in (y, *grads))
+
+
+def _time_ratio(numbers: "torch.dtype", *, side: int) -> float:
+    """Time of a 3D convolution, its backward pass and a matrix product, over that in fp32; on the CPU.
+
+    side: height and width of the frames.
+    """
+    import torch
+
+    def seconds(kind: torch.dtype) -> float:
+        x, weight = torch.full((1, 64, 4, side, side), 0.1), torch.full((64, 64, 3, 3, 3), 0.1)
+        x, weight = (each.to(kind).requires_grad_() for each in (x, weight))
+        square = torch.full((8 * side, 8 * side), 0.1).to(kind)
+        started = time.perf_counter()
+        y = torch.conv3d(x, weight, padding=1)
+        torch.autograd.grad(y, (x, weight), torch.ones_like(y))
+        _ = square @ square
+        return time.perf_counter() - started
+
+    kinds = (torch.float32, numbers)
+    times = [[seconds(kind) for kind in kinds] for _ in range(4)][1:]  # the first has to make its kernels
+    return min(low for _, low in times) / min(full for full, _ in times)
+
+
+def home(variables: Mapping[str, str]) -> Path:
+    """Where things are kept between runs: CAUSALVAE_HOME, or ~/.cache/causalvae."""
+    return Path(variables.get("CAUSALVAE_HOME") or Path.home() / ".cache" / "causalvae")
+
+
 def pick_device(name: str) -> str:
     """The device behind `--device`: `auto` takes a GPU if there is one. ConfigError if it isn't here."""
     import torch
@@ -96,6 +194,21 @@ def pick_device(name: str) -> str:
 def free_disk_bytes(path: Path) -> int:
     """Free bytes where this path is or will be."""
     return shutil.disk_usage(next(each for each in (path, *path.absolute().parents) if each.exists())).free
+
+
+def available_bytes(device: str) -> int | None:
+    """Memory that a training may take on a device: what is free now, less what others may want meanwhile."""
+    import torch
+
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return int(torch.cuda.mem_get_info(torch.device(device))[0] * SHARE_OF_FREE)
+    free = [
+        int(line.split()[1]) * 1024 for line in _lines(Path("/proc/meminfo")) if line.startswith("MemAvail")
+    ]
+    limit = _memory_bytes()
+    known = [*free, *([limit] if limit is not None else [])]
+    return int(min(known) * SHARE_OF_FREE) if known and kind == "cpu" else None
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
@@ -131,7 +244,7 @@ def _cpu() -> tuple[str, tuple[str, ...]]:
     for line in _lines(Path("/proc/cpuinfo")):
         name, _, value = line.partition(":")
         facts.setdefault(name.strip(), value.strip())
-    found = facts.get("flags", "").split()
+    found = (facts.get("flags") or facts.get("Features", "")).split()  # Features: as ARM has it
     name = facts.get("model name") or platform.processor() or platform.machine()
     return name, tuple(flag for flag in CPU_FLAGS if flag in found)
 

@@ -175,7 +175,7 @@ class ConvStep(NamedTuple):
         if self.upsample:
             x = upsampled(x)
         if self.front:
-            x = torch.cat([x[:, :, :1].expand(-1, -1, self.front, -1, -1), x], dim=2)
+            x = torch.cat([*[x[:, :, :1]] * self.front, x], dim=2)  # expanded, it would cost the layout
         return F.pad(x, (0, self.corner, 0, self.corner)) if self.corner else x
 
     def pull(self, x: Tensor, weights: Weights, *, grad: Tensor, needs: Needs) -> Pulled:
@@ -378,7 +378,11 @@ def pull_doubled(grad: Tensor) -> Tensor:
 
 def upsampled(x: Tensor) -> Tensor:
     """Each position four times: b c t h w -> b c t 2h 2w."""
-    return x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)
+    b, c, t, h, w = x.shape
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last_3d):
+        return x[..., None, :, None].expand(b, c, t, h, 2, w, 2).reshape(b, c, t, 2 * h, 2 * w)
+    positions = x.permute(0, 2, 3, 4, 1)[:, :, :, None, :, None]  # b t h 1 w 1 c
+    return positions.expand(b, t, h, 2, w, 2, c).reshape(b, t, 2 * h, 2 * w, c).movedim(-1, 1)
 
 
 def downsummed(x: Tensor) -> Tensor:

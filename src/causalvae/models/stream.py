@@ -44,9 +44,9 @@ def causal_window(owner: nn.Module, x: Tensor, *, kernel: int, stride: int, stre
     if kernel == 1 and stride == 1:
         return x
     past = stream.take(owner) if stream is not None else None
-    if past is None:
-        past = x[:, :, :1].expand(-1, -1, kernel - 1, -1, -1)
-    window = torch.cat([past, x], dim=2)
+    # The frame is listed and not expanded: joined with an expanded tensor, x loses its layout in memory.
+    before = [x[:, :, :1]] * (kernel - 1) if past is None else [past]
+    window = torch.cat([*before, x], dim=2)
     if stream is not None:
         num_out = (window.shape[2] - kernel) // stride + 1
         stream.keep(owner, window[:, :, num_out * stride :])

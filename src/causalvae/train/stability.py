@@ -60,14 +60,16 @@ class LevelOff:
         self.best, self.done = saved["best"], saved["done"]
 
 
-def rollback_step(saved: Sequence[int], *, before: int, save_steps: int) -> int | None:
+def rollback_step(saved: Sequence[int], *, before: int, tried: int | None, save_steps: int) -> int | None:
     """The checkpoint to go back to, of the steps whose full checkpoints are there; None if none can help.
 
     before: the step that the run is at. A checkpoint of this very step has the weights that no update came
-    from, so it must be an earlier one. It is the newest of those that every run saves, one that was never
-    stopped too: a signal saves at any step, and a run that was stopped and resumed must go back to the same
-    place. Any earlier one, where none of those is left.
+    from, so it must be an earlier one. tried: where the run went back to last; it is taken only if nothing
+    else is left, since weights can be lost before they are infinite. Else it is the newest of those that
+    every run saves, one that was never stopped too: a signal saves at any step, and a run that was stopped
+    and resumed must go back to the same place. Any earlier one, where none of those is left.
     """
     earlier = [step for step in saved if step < before]
     regular = [step for step in earlier if step % save_steps == 0]
-    return max(regular or earlier, default=None)
+    untried = [step for step in regular or earlier if step != tried]
+    return max(untried or regular or earlier, default=None)

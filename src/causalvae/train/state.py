@@ -23,7 +23,14 @@ from causalvae.train.optim import (
 from causalvae.train.stability import ROLLBACK_FACTOR, LevelOff
 from causalvae.weights.read import CONFIG_KEY, MODEL_KEY, read_tensors
 
-COUNTERS = ("step", "cursor", "skipped", "rate_factor", "rollbacks")  # of the state, in state.json
+COUNTERS = (
+    "step",
+    "cursor",
+    "skipped",
+    "rate_factor",
+    "rollbacks",
+    "went_back_to",
+)  # of the state, in state.json
 
 
 def ema_decay_at(updates: int, limit: float) -> float:
@@ -40,8 +47,9 @@ class TrainState:
 
     ema: averaged parameters by name, fp32; empty if there is no average. logvar: log variance of the pixel
     loss, 0-d. level_off: decides when the critic starts, None where a step is given. lecam: averages of the
-    critic's logits, `moved_averages`, on the CPU. skipped: steps in a row that were not finite, up to
-    now. rate_factor: multiplies every learning rate; 1 until a rollback. rollbacks: how many there were.
+    critic's logits, `moved_averages`, on the CPU. skipped: steps in a row that were not finite, up to now.
+    rate_factor: multiplies every learning rate; 1 until a rollback. rollbacks: how many there were, the last
+    of them to the step went_back_to.
     masters: what the optimisers update where networks have weights in fewer bits; checkpoints keep them.
     scale: of the gradients of each network, None for none.
     """
@@ -59,6 +67,7 @@ class TrainState:
     skipped: int = 0
     rate_factor: float = 1.0
     rollbacks: int = 0
+    went_back_to: int | None = None
     masters: MasterWeights | None = None
     critic_masters: MasterWeights | None = None
     scale: LossScale | None = None
@@ -139,6 +148,7 @@ class TrainState:
         self.load(folder)
         self.cursor, self.skipped = cursor, 0
         self.rate_factor, self.rollbacks = rate_factor * ROLLBACK_FACTOR, rollbacks + 1
+        self.went_back_to = self.step
 
 
 def read_counters(folder: Path) -> dict[str, Any]:  # Any: JSON
