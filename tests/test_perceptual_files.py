@@ -269,7 +269,7 @@ def crops(base: int, *, count: int, numbers: range, frames: int) -> Tensor:
 
 
 def trained(judge: nn.Module, clips: Sequence[Tensor], *, weight: float, lr: float) -> nn.Module:
-    """A small model after one step on each of the clips b 3 t h w: a short rise of the rate, and down to 0."""
+    """A small model after one step on each of the clips b 3 t h w; the rate rises shortly and falls to 0."""
     vae = build(replace(PRESETS["tiny"], hidden_size=16, hidden_size_mult=(1, 1, 2)), seed=0)
     state = TrainState(
         vae=vae,
