@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any  # of autograd's context and of what it returns
 
@@ -119,15 +120,7 @@ def test_a_critic_of_frames_has_convolutions_with_two_axes() -> None:
 
 
 def test_what_is_too_large_is_tried_on_fewer_clips_and_frames_and_on_whole_frames() -> None:
-    big = ConvShape(
-        x=(4, 512, 19, 128, 128),
-        weight=(512, 512, 3, 3, 3),
-        stride=(1, 1, 1),
-        padding=(0, 1, 1),
-        bias=True,
-        x_last=True,
-        weight_last=True,
-    )
+    big = replace(SHAPE, x=(4, 512, 19, 128, 128), weight=(512, 512, 3, 3, 3))
     small = big.affordable()
     assert small.x[3:] == big.x[3:]
     assert small.x[0] == 1

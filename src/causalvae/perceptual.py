@@ -21,6 +21,7 @@ from causalvae.critics.lpips import LPIPS, STAGES, FeatureDistance, LpipsBackbon
 from causalvae.errors import ConfigError, RunError, WeightsError
 from causalvae.fetch import fetch
 from causalvae.files import sha256
+from causalvae.machine import home
 from causalvae.weights.read import read_tensors
 
 TORCHVISION = "https://download.pytorch.org/models/"
@@ -90,7 +91,7 @@ class Shelf:
     def of(cls, environ: Mapping[str, str]) -> "Shelf":
         """As CAUSALVAE_HOME, CAUSALVAE_OFFLINE and CAUSALVAE_MIRROR say."""
         return cls(
-            home=Path(environ.get("CAUSALVAE_HOME") or Path.home() / ".cache" / "causalvae"),
+            home=home(environ),
             offline=environ.get("CAUSALVAE_OFFLINE", "").lower() not in ("", "0", "false", "no"),
             mirror=environ.get("CAUSALVAE_MIRROR") or None,
         )

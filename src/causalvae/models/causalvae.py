@@ -114,8 +114,7 @@ class Encoder(nn.Module):
             return self.conv_out(h, stream)
         if keeps_nothing(stream):
             return self.conv_out(self.norm_out.activated(h), stream)
-        step, weights = norm_conv(self.norm_out, self.conv_out)
-        return chain(h, [step], weights)
+        return chain(h, norm_conv(self.norm_out, self.conv_out))
 
 
 class Decoder(nn.Module):
@@ -174,10 +173,7 @@ def run_in_chains(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
     """The modules one after the other, of which little more than the input of each chain is kept."""
     for group in _groups(modules):
         links = [module.link() for module in group if isinstance(module, CHAINED)]
-        if links:
-            x = chain(x, [step for step, _ in links], [weight for _, weights in links for weight in weights])
-        else:
-            x = group[0](x)
+        x = chain(x, *links) if links else group[0](x)
     return x
 
 

@@ -38,9 +38,12 @@ class Step(Protocol):
         ...
 
 
-def chain(x: Tensor, steps: Sequence[Step], weights: Weights) -> Tensor:
-    """The steps one after the other, of which only x is kept. weights: those of all steps, in order."""
-    return _Chain.apply(x, tuple(steps), *weights)
+Link = tuple[Step, list[Tensor | None]]  # a step, and the weights that it takes
+
+
+def chain(x: Tensor, *links: Link) -> Tensor:
+    """The steps one after the other, of which only x is kept."""
+    return _Chain.apply(x, tuple(step for step, _ in links), *(w for _, weights in links for w in weights))
 
 
 class _Context(Protocol):
@@ -101,10 +104,7 @@ class NormStep(NamedTuple):
 
     kind: NormKind
 
-    @property
-    def num_weights(self) -> int:
-        """Weights that it takes."""
-        return 2
+    num_weights = 2
 
     def run(self, x: Tensor, weights: Weights) -> Tensor:
         """b c t h w -> the same shape, in the numbers of the scale."""
@@ -153,10 +153,7 @@ class ConvStep(NamedTuple):
     corner: int = 0
     upsample: bool = False
 
-    @property
-    def num_weights(self) -> int:
-        """Weights that it takes."""
-        return 2
+    num_weights = 2
 
     def run(self, x: Tensor, weights: Weights) -> Tensor:
         """b c t h w -> b c' t' h' w'."""
@@ -214,10 +211,7 @@ class NormConvStep(NamedTuple):
     norm: NormStep
     conv: ConvStep
 
-    @property
-    def num_weights(self) -> int:
-        """Weights that it takes."""
-        return 4
+    num_weights = 4
 
     def run(self, x: Tensor, weights: Weights) -> Tensor:
         """b c t h w -> b c' t h w."""
@@ -284,10 +278,7 @@ class TimeMixStep(NamedTuple):
     conv: ConvStep
     doubles: bool
 
-    @property
-    def num_weights(self) -> int:
-        """Weights that it takes."""
-        return 3
+    num_weights = 3
 
     def run(self, x: Tensor, weights: Weights) -> Tensor:
         """b c t h w -> b c t' h w."""

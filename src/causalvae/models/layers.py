@@ -11,9 +11,9 @@ from causalvae.models.convolution import Conv
 from causalvae.models.fused import (
     BlockStep,
     ConvStep,
+    Link,
     NormConvStep,
     NormStep,
-    Step,
     TimeMixStep,
     between,
     chain,
@@ -24,7 +24,6 @@ from causalvae.models.stream import Stream, causal_window
 
 MIX_INIT = 2.0  # logit of the pooled branch: sigmoid(2) = 0.88, as published
 
-Link = tuple[Step, list[Tensor | None]]  # a step of a chain, and the weights that it takes
 Kernel = tuple[int, int, int]
 
 
@@ -97,8 +96,7 @@ class Norm(nn.Module):
 
     def activated(self, x: Tensor) -> Tensor:
         """SiLU of the norm, of which x is kept."""
-        step, weights = self.link()
-        return chain(x, [step], weights)
+        return chain(x, self.link())
 
     def link(self) -> tuple[NormStep, list[Tensor | None]]:
         """Norm and SiLU as a step of a chain."""
@@ -139,8 +137,7 @@ class ResnetBlock(nn.Module):
             return (x if self.nin_shortcut is None else self.nin_shortcut(x, stream)) + h
         h = x
         for norm, conv in ((self.norm1, self.conv1), (self.norm2, self.conv2)):
-            step, weights = norm_conv(norm, conv)
-            h = chain(h, [step], weights)
+            h = chain(h, norm_conv(norm, conv))
         return (x if self.nin_shortcut is None else self.nin_shortcut(x)) + h
 
     def link(self) -> Link:
@@ -195,8 +192,7 @@ class FrameDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """b c t h w -> b c t h/2 w/2."""
-        step, weights = self.link()
-        return chain(x, [step], weights)
+        return chain(x, self.link())
 
     def link(self) -> Link:
         """This layer as a step of a chain."""
@@ -212,8 +208,7 @@ class SpatialUpsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """b c t h w -> b c t 2h 2w."""
-        step, weights = self.link()
-        return chain(x, [step], weights)
+        return chain(x, self.link())
 
     def link(self) -> Link:
         """This layer as a step of a chain."""
@@ -234,8 +229,7 @@ class TimeDownsample(nn.Module):
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         """b c t h w -> b c t' h w."""
         if stream is None:
-            step, weights = self.link()
-            return chain(x, [step], weights)
+            return chain(x, self.link())
         window = causal_window(self, x, kernel=3, stride=2, stream=stream)
         alpha = torch.sigmoid(self.mix_factor).to(x.dtype)
         return alpha * halved(window) + (1 - alpha) * self.conv(window)
@@ -261,8 +255,7 @@ class TimeUpsample(nn.Module):
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         """b c t h w -> b c t' h w."""
         if stream is None:
-            step, weights = self.link()
-            return chain(x, [step], weights)
+            return chain(x, self.link())
         y = self._interpolate(x, stream)
         alpha = torch.sigmoid(self.mix_factor).to(x.dtype)
         return alpha * y + (1 - alpha) * self.conv(y, stream)

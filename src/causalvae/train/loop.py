@@ -1,6 +1,6 @@
 """The loop of a training: steps, their records, saves, held-out evaluation, and what to do in trouble.
 
-Reads TrainSettings together with `train.parts` and `train.trainer`.
+Reads TrainSettings, as `train.parts`, `train.networks` and `train.trainer` do.
 """
 
 import copy
@@ -255,9 +255,8 @@ def draw_noise(geometry: Geometry, shape: Sequence[int], *, seed: int, cursor: i
 
 def _report(training: Training, result: StepResult, *, clips: Clips, rate: float) -> None:
     names = [request.video.id for request in clips.requests]
-    shape = dict(zip(("frames", "height", "width"), clips.pixels.shape[2:], strict=True))
-    if len(training.plan.shapes()) == 1:
-        shape = {}
+    several = len(training.plan.shapes()) > 1
+    shape = dict(zip(("frames", "height", "width"), clips.pixels.shape[2:], strict=True)) if several else {}
     numbers: dict[str, float | None] = {
         "cursor": training.state.cursor,
         **shape,

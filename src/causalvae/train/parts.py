@@ -1,11 +1,12 @@
-"""The parts of a run, made from its settings: where it starts, its networks and optimisers, its plans.
+"""The parts of a run, made from its settings: where it starts, what it computes in, its plans and facts.
 
-Together with `train.trainer` the only reader of TrainSettings.
+With `train.networks`, `train.loop` and `train.trainer` the only reader of TrainSettings.
 """
 
 import json
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -114,9 +115,13 @@ def _continue(settings: TrainSettings, config: Path) -> TrainSettings:
     return continued(saved, settings)
 
 
-def choose_precision(settings: TrainSettings, path: Path, device: torch.device) -> Precision:
-    """What the run in `path` computes in here; a run that goes on keeps to what it began with."""
-    began = _facts_before(settings, path)
+def choose_precision(
+    settings: TrainSettings,
+    device: torch.device,
+    *,
+    began: Mapping[str, Any] | None,  # Any: JSON
+) -> Precision:
+    """What a run computes in here; one that goes on keeps to what it began with. began: `facts_before`."""
     saved = None if began is None else (began["precision"], began["amp_level"])
     wanted = {settings.precision, *([saved[0]] if saved is not None else [])} & {"bf16", "fp16"}
     if settings.precision == "auto" and device.type == "cuda":
@@ -146,12 +151,16 @@ def clip_plan(settings: TrainSettings) -> ClipPlan:
     )
 
 
-def find_perceptual(settings: TrainSettings, path: Path) -> tuple[Perceptual | None, list[str]]:
+def find_perceptual(
+    settings: TrainSettings,
+    path: Path,
+    *,
+    began: Mapping[str, Any] | None,  # Any: JSON
+) -> tuple[Perceptual | None, list[str]]:
     """The network of the perceptual term for the run in `path`, and what to warn of.
 
-    A run keeps to what it was begun with: ConfigError if that is another network now.
+    A run keeps to what it was begun with: ConfigError if that is another network now. began: `facts_before`.
     """
-    began = _facts_before(settings, path)
     choice, warnings = settings.perceptual, list[str]()
     if settings.mode == 2:
         return None, []
@@ -164,7 +173,7 @@ def find_perceptual(settings: TrainSettings, path: Path) -> tuple[Perceptual | N
     return found, warnings + more
 
 
-def _facts_before(settings: TrainSettings, path: Path) -> dict[str, Any] | None:  # Any: JSON
+def facts_before(settings: TrainSettings, path: Path) -> dict[str, Any] | None:  # Any: JSON
     """run.json of the run that goes on, or whose checkpoint --resume names; None at a beginning."""
     if settings.resume not in ("auto", "never") and not (path / "checkpoints").exists():
         path = Path(settings.resume).absolute().parent.parent
@@ -196,7 +205,6 @@ def run_facts(
         "machine": asdict(Machine.look()),
         "environment": environment(os.environ),
         **precision.facts(),
-        "jit_level": "O0",
         "deterministic": True,
         "weights": None if origin is None else {"file": str(origin.path), "sha256": origin.sha256},
         "perceptual": None if perceptual is None else perceptual.facts(),

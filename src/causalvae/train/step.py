@@ -198,9 +198,7 @@ def _backward(
             recon, posterior = forward.recons[0], forward.posteriors[0]
         kl = kl_weight * kl_loss(posterior.kl(), values_per_frame=values, num_clips=num_clips)
         ends = [(recon, pieces[i].to(recon.dtype)), (kl, torch.full_like(kl, scale))]
-        ends = [
-            (end, grad) for end, grad in ends if end.requires_grad
-        ]  # kl has no graph if the encoder rests
+        ends = [each for each in ends if each[0].requires_grad]  # kl has no graph if the encoder rests
         torch.autograd.backward([end for end, _ in ends], [grad for _, grad in ends])
     _forget_resting(state)
 

@@ -1,7 +1,8 @@
 """The training of a video VAE from settings to a run's folder: what is opened, built and closed around the
 loop.
 
-Reads TrainSettings together with `train.parts` and `train.loop`; everything below takes plain arguments.
+Reads TrainSettings, as `train.parts`, `train.networks` and `train.loop` do; what is below them takes plain
+arguments.
 """
 
 import os
@@ -32,6 +33,7 @@ from causalvae.train.parts import (
     check_start,
     choose_precision,
     clip_plan,
+    facts_before,
     find_perceptual,
     loss_plan,
     replayed,
@@ -85,10 +87,11 @@ def train(
     held_out = open_source(settings.eval_video_path) if settings.eval_video_path is not None else None
     path = run_path(settings.output_dir, settings.exp_name)
     check_start(settings, path)
-    perceptual, more = find_perceptual(settings, path)
+    began = facts_before(settings, path)
+    perceptual, more = find_perceptual(settings, path, began=began)
     if perceptual is not None:
         perceptual.module.to(device)
-    precision = choose_precision(settings, path, device)
+    precision = choose_precision(settings, device, began=began)
     with deterministic(), stop_on_signal() as stop, RunDir(path) as run:
         settings, start = starting_point(run, settings, source=source)
         with RunLog(
@@ -177,25 +180,38 @@ def _train(
     settings, source, state = asked.settings, asked.source, built.state
     plan = clip_plan(settings)
     with _loader(asked, run, log, plan=plan, cursor=state.cursor) as loader:
-        training = Training(
-            settings=settings,
-            run=run,
-            log=log,
-            state=state,
-            loader=loader,
-            loss=loss_plan(settings, asked.perceptual),
-            samples=_fixed_clips(source, plan),
-            held_out=asked.held_out,
-            plan=plan,
-            step_plan=built.plan,
-            facts=facts,
-        )
+        training = _training(asked, run, log, built=built, loader=loader, facts=facts)
+        training.samples += _fixed_clips(source, plan)
         log.say(f"{settings.exp_name}: {len(source)} videos, {_size_of(state.vae)}, from step {state.step}")
         for warning in _compile(settings, built, level=facts["jit_level"]):
             facts["jit_level"] = "O0"
             log.warn(warning)
         log.start(state.step)
         train_until_done(training, asked.stop)
+
+
+def _training(
+    asked: _Asked,
+    run: RunDir,
+    log: RunLog,
+    *,
+    built: Built,
+    loader: ClipLoader | None,
+    facts: dict[str, Any],  # Any: JSON
+) -> Training:
+    return Training(
+        settings=asked.settings,
+        run=run,
+        log=log,
+        state=built.state,
+        loader=loader,
+        loss=loss_plan(asked.settings, asked.perceptual),
+        samples=[],
+        held_out=asked.held_out,
+        plan=clip_plan(asked.settings),
+        step_plan=built.plan,
+        facts=facts,
+    )
 
 
 def _compile(settings: TrainSettings, built: Built, *, level: JitLevel) -> list[str]:
@@ -208,19 +224,7 @@ def _compile(settings: TrainSettings, built: Built, *, level: JitLevel) -> list[
 def _repeat(asked: _Asked, run: RunDir, log: RunLog, *, built: Built, folder: Path) -> None:
     """The bad step of a folder once more; nothing of the run is changed."""
     replay = read_replay(folder)
-    training = Training(
-        settings=asked.settings,
-        run=run,
-        log=log,
-        state=built.state,
-        loader=None,
-        loss=loss_plan(asked.settings, asked.perceptual),
-        samples=[],
-        held_out=None,
-        plan=clip_plan(asked.settings),
-        step_plan=built.plan,
-        facts={},
-    )
+    training = _training(asked, run, log, built=built, loader=None, facts={})
     bad = repeat_step(training, replay.clips)
     found = "this time every value was finite" if bad is None else bad.sentence()
     log.say(f"step {replay.step} of {folder} again: {found}")
