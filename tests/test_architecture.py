@@ -34,8 +34,8 @@ losses  metrics  perceptual
 infer
 evaluate  export
 train.optim  train.convolutions  train.precision  train.stability  train.compiling  train.debug
-train.parallel  train.plan  train.signals  train.samples  train.heldout
-train.state  train.runlog  train.replay  train.step  train.parts  train.loop  train.trainer
+train.parallel  train.signals  train.samples  train.heldout
+train.state  train.runlog  train.replay  train.step  train.predict  train.plan  train.parts  train.loop  train.trainer
 report  explain  doctor  demo
 cli
 """

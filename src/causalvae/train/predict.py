@@ -23,8 +23,14 @@ from causalvae.train.optim import OptimizerKind, named
 from causalvae.train.state import TrainState
 from causalvae.train.step import train_step
 
-MOMENTS: dict[OptimizerKind, float] = {"adamw": 2.0, "adam": 2.0, "adamw8bit": 0.5, "sgd": 1.0, "lion": 1.0}  # fp32 values per weight
-LIBRARIES = 96 * 2**20  # bytes: code that torch loads at the first step, and the allocator's small change
+MOMENTS: dict[OptimizerKind, float] = {
+    "adamw": 2.0,
+    "adam": 2.0,
+    "adamw8bit": 0.5,
+    "sgd": 1.0,
+    "lion": 1.0,
+}  # fp32 values per weight
+LIBRARIES = 120 * 2**20  # bytes: code that torch loads or makes at the first step, measured on a CPU
 
 PLAIN = LossPlan()
 
@@ -74,6 +80,17 @@ def step_bytes(
     return StepBytes(at_rest=at_rest + LIBRARIES, peak=live.peak + LIBRARIES)
 
 
+def held_bytes(state: TrainState) -> int:
+    """Bytes of the tensors that a training holds now: weights, averages, masters and moments that exist."""
+    networks = [network for network in (state.vae, state.critic) if network is not None]
+    tensors = [*state.ema.values(), *(tensor for network in networks for tensor in _tensors(network))]
+    for optimizer in (each for each in (state.optimizer, state.critic_optimizer) if each is not None):
+        tensors += [param for _, param in named(optimizer)]
+        tensors += [each for each in tree_leaves(list(optimizer.state.values())) if isinstance(each, Tensor)]
+    storages = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
 def blueprint(vae: CausalVAE, critic: nn.Module | None, *, ema: bool = True) -> TrainState:
     """A training in fp32 to predict from, of networks that may be on the meta device and never be trained."""
     tensors = {name: torch.empty_like(p, device="meta") for name, p in vae.named_parameters()} if ema else {}
@@ -109,7 +126,9 @@ def _tensors(network: nn.Module) -> list[Tensor]:
 def _meta(tensor: Tensor) -> Tensor:
     """A tensor of the same shape, numbers and layout without memory; a parameter for a parameter."""
     empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return (
+        nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    )
 
 
 class _Moments(Optimizer):
