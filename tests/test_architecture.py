@@ -35,7 +35,8 @@ infer
 evaluate  export
 train.optim  train.convolutions  train.precision  train.stability  train.compiling  train.debug
 train.parallel  train.signals  train.samples  train.heldout
-train.state  train.runlog  train.replay  train.step  train.predict  train.plan  train.parts  train.loop  train.trainer
+train.state  train.runlog  train.replay  train.step  train.predict  train.plan
+train.parts  train.loop  train.trainer
 report  explain  doctor  demo
 cli
 """

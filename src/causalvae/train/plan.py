@@ -164,7 +164,7 @@ def predictor(
 
 
 def auto_budget(state: TrainState, free_bytes: int) -> int:
-    """Bytes that a step may take where nobody gave a number. What the training holds already is no less free."""
+    """Bytes that a step may take where nobody gave a number. What the training holds already counts as free."""
     return int(AUTO_SHARE * (free_bytes + held_bytes(state)))
 
 

@@ -58,7 +58,7 @@ def step_bytes(
     loss: LossPlan = PLAIN,
     optimizer: OptimizerKind = "adamw",
 ) -> StepBytes:
-    """Memory of a step on a batch of this shape, with the networks as they are: their numbers, layout, masters.
+    """Memory of a step on a batch of this shape, with the networks as they are: numbers, layout, masters.
 
     state: on any device; it is not touched and its weights are not copied. A critic is taken to judge.
     shape: b 3 t h w of the whole batch. parts, recompute: as the step would be made. loss: its perceptual
