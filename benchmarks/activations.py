@@ -31,7 +31,7 @@ from causalvae.models.layers import (
     TimeUpsample,
 )
 from causalvae.models.presets import PRESETS, CausalVAEConfig
-from causalvae.train.parts import lay_out
+from causalvae.train.networks import lay_out
 
 PUBLISHED = 15_100  # bytes per input value that the published code keeps, fp32
 KINDS = ("plain", "fused", "fused, recomputing")

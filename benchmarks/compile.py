@@ -23,8 +23,8 @@ from causalvae.models.build import build
 from causalvae.models.layers import ResnetBlock
 from causalvae.models.presets import PRESETS
 from causalvae.train.compiling import JitLevel, compile_blocks
+from causalvae.train.networks import lay_out
 from causalvae.train.optim import build_optimizer
-from causalvae.train.parts import lay_out
 from causalvae.train.state import TrainState
 from causalvae.train.step import train_step
 

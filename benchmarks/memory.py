@@ -23,8 +23,8 @@ from causalvae.machine import hand_back_memory
 from causalvae.models.build import build
 from causalvae.models.causalvae import set_recompute
 from causalvae.models.presets import PRESETS, CausalVAEConfig
+from causalvae.train.networks import lay_out
 from causalvae.train.optim import build_optimizer
-from causalvae.train.parts import lay_out
 from causalvae.train.predict import step_bytes
 from causalvae.train.state import TrainState
 from causalvae.train.step import train_step
@@ -39,7 +39,7 @@ MODELS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A step to be measured: model, critic (2d, 3d or none), clips, frames, short side, parts, recomputation."""
+    """A step to be measured: model, critic (2d, 3d or none), clips, frames, side, parts, recomputation."""
 
     model: str
     critic: str

@@ -27,8 +27,8 @@ from causalvae.machine import ASSUME_BF16, Machine, capability, home
 from causalvae.models.build import build
 from causalvae.models.presets import PRESETS
 from causalvae.train.convolutions import check_convolutions, shapes_of_run
+from causalvae.train.networks import lay_out
 from causalvae.train.optim import LossScale, build_optimizer
-from causalvae.train.parts import lay_out
 from causalvae.train.precision import Level, Precision, PrecisionName, lower
 from causalvae.train.state import TrainState
 from causalvae.train.step import train_step

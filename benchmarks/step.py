@@ -27,8 +27,8 @@ from causalvae import rng
 from causalvae.losses import LossPlan, build_critic, critic_loss, generator_loss, kl_loss
 from causalvae.models.build import build
 from causalvae.models.presets import PRESETS
+from causalvae.train.networks import lay_out
 from causalvae.train.optim import build_optimizer
-from causalvae.train.parts import lay_out
 from causalvae.train.state import TrainState
 from causalvae.train.step import train_step
 from causalvae.video import crop_frames, pad_frames

@@ -117,12 +117,6 @@ def test_an_output_folder_that_cannot_be_written_is_a_mistake(tmp_path: Path) ->
     assert "choose another --output_dir" in message
 
 
-def test_a_setting_of_later_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "clip.mp4").write_text("not a video")
-    message = refused(sys.executable, DOOR, "--video_path", tmp_path, "--mode", "1", cwd=tmp_path)
-    assert message == "error: --mode 1 is not available yet: leave it out to train\n"
-
-
 def test_a_reader_that_goes_away_ends_the_command_without_complaint() -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -24,7 +24,7 @@ from causalvae.train.convolutions import (
     shapes_of,
     shapes_of_run,
 )
-from causalvae.train.parts import lay_out
+from causalvae.train.networks import lay_out
 
 BF16 = torch.bfloat16
 SHAPE = ConvShape(

@@ -26,8 +26,8 @@ from causalvae.models.layers import (
 from causalvae.models.norms import NormKind
 from causalvae.models.presets import PRESETS, CausalVAEConfig
 from causalvae.models.stream import Stream
+from causalvae.train.networks import lay_out
 from causalvae.train.optim import build_optimizer
-from causalvae.train.parts import lay_out
 from causalvae.train.state import TrainState
 from causalvae.train.step import train_step
 

@@ -13,6 +13,7 @@ from causalvae.machine import (
     ASSUME_BF16,
     BF16_FLAGS,
     Machine,
+    available_bytes,
     capability,
     environment,
     free_disk_bytes,
@@ -84,10 +85,13 @@ def test_things_are_kept_where_the_environment_says(tmp_path: Path) -> None:
 
 
 def test_free_memory_is_part_of_what_the_machine_has() -> None:
-    free, whole = free_memory_bytes("cpu"), Machine.look().memory_bytes
+    free, whole = free_memory_bytes(), Machine.look().memory_bytes
     assert free is not None
     assert whole is not None
     assert 0 < free < whole
+    share = available_bytes("cpu")
+    assert share is not None
+    assert 0 < share < whole
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")

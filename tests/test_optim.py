@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from causalvae.errors import ConfigError, RunError
 from causalvae.losses import build_critic
 from causalvae.rng import key, normal
+from causalvae.train.networks import lay_out
 from causalvae.train.optim import (
     OptimizerKind,
     all_finite,
@@ -25,7 +26,6 @@ from causalvae.train.optim import (
     optimizer_tensors,
     set_learning_rate,
 )
-from causalvae.train.parts import lay_out
 
 HAS_8BIT = importlib.util.find_spec("bitsandbytes") is not None
 KINDS = ["adamw", "adam", "sgd", "lion", *(["adamw8bit"] if HAS_8BIT else [])]

@@ -3,26 +3,31 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from networks import BACKBONES, SIZE, efficientnet, film, frames, network_of, weights_of, write_files
+from media import BUNDLED
+from networks import BACKBONES, SIZE, efficientnet, frames, network_of, weights_of, write_files
 from safetensors.torch import save_file
 from servers import Site, closed_address, serve
 from torch import Tensor, nn
+from torch.nn import functional
 
 from causalvae.critics.lpips import FeatureDistance, LpipsBackbone
+from causalvae.data.decode import read_frames
 from causalvae.errors import ConfigError, WeightsError
-from causalvae.losses import LossPlan
+from causalvae.losses import LossPlan, perceptual_loss
 from causalvae.models.build import build
 from causalvae.models.presets import PRESETS
 from causalvae.perceptual import Published, Shelf, build_perceptual, refuse_change
-from causalvae.rng import key, normal
-from causalvae.train.optim import build_optimizer, clip_gradients
+from causalvae.rng import below, key, normal
+from causalvae.train.optim import build_optimizer, clip_gradients, set_learning_rate
 from causalvae.train.state import TrainState
 from causalvae.train.step import train_step
+from causalvae.video import to_model
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -250,37 +255,62 @@ def test_efficientnet_is_found_by_name_by_file_and_by_folder(tmp_path: Path) -> 
         assert torch.equal(made.module(a, b), named.module(a, b))
 
 
-@pytest.mark.slow
-def test_training_with_a_network_lowers_its_distance_on_a_clip_that_was_held_out() -> None:
-    judge = efficientnet()
-    held_out = film("bunny.webm", numbers=range(5), size=64).transpose(0, 1)[None]  # 1 3 t h w
+def crops(base: int, *, count: int, numbers: range, frames: int) -> Tensor:
+    """Clips of 32x32 from anywhere in half-size films: count 3 t 32 32."""
+    films = [read_frames(path, numbers).permute(3, 0, 1, 2) for path in sorted(BUNDLED.glob("[bc]*.*"))]
+    small = [functional.avg_pool2d(to_model(pixels), 2) for pixels in films]  # 3 t h w
+    found: list[Tensor] = []
+    for i in range(count):
+        x = small[below(key(base, i, "film"), len(small))]
+        room = (len(numbers) - frames + 1, x.shape[2] - 31, x.shape[3] - 31)
+        t, top, left = (below(key(base, i, axis), n) for axis, n in enumerate(room))
+        found.append(x[:, t : t + frames, top : top + 32, left : left + 32])
+    return torch.stack(found)
 
-    def distance_after(weight: float, *, steps: int) -> float:
-        vae = build(PRESETS["tiny"], seed=0)
-        state = TrainState(
-            vae=vae,
-            ema={},
-            critic=None,
-            logvar=nn.Parameter(torch.zeros(()), requires_grad=False),
-            optimizer=build_optimizer(vae.named_parameters(), kind="adamw", lr=2e-3),
-            critic_optimizer=None,
-        )
-        clipping = partial(clip_gradients, max_norm=1.0)
-        plan = LossPlan(perceptual=judge.module if weight else None, perceptual_weight=weight)
-        for step in range(steps):
-            clip = film(numbers=range(2 * step % 30, 2 * step % 30 + 5), size=64).transpose(0, 1)[None]
-            shape = vae.geometry.latent_shape(5, 64, 64)
-            noise = normal((1, *shape), key("noise", step))
-            assert train_step(state, clip, noise, loss=plan, critic_loss=None, clipping=clipping).applied
-        with torch.no_grad():
-            recon, _ = vae(held_out, None)
-        frames = (x.transpose(1, 2).flatten(0, 1) for x in (recon, held_out))
-        return judge.module(*frames).mean().item()
 
-    start, without, with_it = (
-        distance_after(0, steps=0),
-        distance_after(0, steps=40),
-        distance_after(1, steps=40),
+def trained(judge: nn.Module, clips: Sequence[Tensor], *, weight: float, lr: float) -> nn.Module:
+    """A small model after one step on each of the clips b 3 t h w; the rate rises shortly and falls to 0."""
+    vae = build(replace(PRESETS["tiny"], hidden_size=16, hidden_size_mult=(1, 1, 2)), seed=0)
+    state = TrainState(
+        vae=vae,
+        ema={},
+        critic=None,
+        logvar=nn.Parameter(torch.zeros(()), requires_grad=False),
+        optimizer=build_optimizer(vae.named_parameters(), kind="adamw", lr=lr),
+        critic_optimizer=None,
     )
-    assert with_it < 0.9 * without
-    assert with_it < 0.8 * start
+    plan = LossPlan(perceptual=judge if weight else None, perceptual_weight=weight)
+    clipping = partial(clip_gradients, max_norm=1.0)
+    for step, clip in enumerate(clips):
+        set_learning_rate(state.optimizer, lr * min(1, (step + 1) / 10) * (1 - step / len(clips)))
+        shape = vae.geometry.latent_shape(clip.shape[2], 32, 32)
+        noise = normal((len(clip), *shape), key("noise", step))
+        assert train_step(state, clip, noise, loss=plan, critic_loss=None, clipping=clipping).applied
+    return vae
+
+
+@torch.no_grad()
+def distance(judge: nn.Module, vae: nn.Module, clip: Tensor) -> float:
+    return perceptual_loss(vae(clip, None)[0], clip, metric=judge, frames_at_once=8).item()
+
+
+@pytest.mark.slow
+def test_a_network_pulls_the_training_towards_what_it_sees() -> None:
+    judge, clip = efficientnet().module, crops(1, count=2, numbers=range(8), frames=5)
+    start, without, with_it = (
+        distance(judge, trained(judge, [clip] * steps, weight=weight, lr=1e-3), clip)
+        for weight, steps in ((0.0, 0), (0.0, 30), (1.0, 30))
+    )
+    assert with_it < 0.8 * without
+    assert with_it < 0.6 * start
+
+
+@pytest.mark.slow
+def test_training_with_a_network_lowers_its_distance_on_frames_that_were_held_out() -> None:
+    """To 0.90 of the start when it was written, where the error per pixel was still as at the start."""
+    judge, held_out = efficientnet().module, crops(1, count=32, numbers=range(40, 48), frames=1)
+    clips = crops(2, count=8 * 150, numbers=range(40), frames=1).split(8)
+    start, end = (
+        distance(judge, trained(judge, seen, weight=0.3, lr=2e-3), held_out) for seen in ((), clips)
+    )
+    assert end < 0.95 * start

@@ -17,8 +17,8 @@ from causalvae.machine import Capability
 from causalvae.models.build import build
 from causalvae.models.presets import PRESETS, CausalVAEConfig
 from causalvae.train.convolutions import convolutions
+from causalvae.train.networks import lay_out
 from causalvae.train.optim import LossScale, build_optimizer, optimizer_tensors
-from causalvae.train.parts import lay_out
 from causalvae.train.precision import Level, Precision, PrecisionName, first_loss_scale, lower
 from causalvae.train.state import TrainState
 from causalvae.train.step import StepResult, train_step

@@ -20,8 +20,8 @@ from causalvae.losses import (
     critic_backward,
 )
 from causalvae.models.convolution import Conv
+from causalvae.train.networks import lay_out
 from causalvae.train.optim import clip_by_unit, clip_gradients
-from causalvae.train.parts import lay_out
 from causalvae.train.stability import LevelOff
 from causalvae.train.step import train_step
 

@@ -69,7 +69,6 @@ MISTAKES: list[tuple[Callable[[Path], dict[str, object]], tuple[str, ...]]] = [
     (unknown_device, ("--device", "gpu", "auto, cpu, cuda")),
     (lambda _: {"exp_name": "../x"}, ("--exp_name ../x", "one name without /", "--output_dir")),
     (lambda _: {"resolution": 100}, ("--resolution", "multiples of 8", "96")),
-    (lambda _: {"mode": 1}, ("--mode 1 is not available yet",)),
     (lambda _: {"batch_size": 0}, ("--batch_size 0",)),
     (lambda _: {"betas": "0.9"}, ("--betas",)),
     (lambda _: {"bach_size": 2}, ("--bach_size", "did you mean --batch_size")),

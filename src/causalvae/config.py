@@ -307,52 +307,29 @@ def notices(settings: TrainSettings, given: Mapping[str, Given] | None = None) -
     for name, applies, instead in NOT_AVAILABLE:
         if applies(settings):
             raise ConfigError(f"{shown[name]} is not available yet: {instead}")
-    later = [
-        f"{shown[name]} is not available yet: {instead}"
-        for name, applies, instead in REPLACED
-        if name in asked and applies(settings)
-    ]
-    idle = [
+    return [
         f"{shown[name]} has no effect: {why}"
         for names, applies, why in NO_EFFECT
         for name in names.split()
         if name in asked and applies(settings)
     ]
-    return later + idle
 
 
 def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _always(settings: TrainSettings) -> bool:  # noqa: ARG001 - a rule's test
-    return True
-
-
 Rule = tuple[str, Callable[[TrainSettings], bool], str]  # flags, whether the rule applies, what to say
 
 NOT_AVAILABLE: tuple[Rule, ...] = (
-    ("mode", lambda s: s.mode == 1, "leave it out to train"),
-    ("memory", lambda s: s.memory != AUTO_MEMORY, "use auto"),
     (
         "optim",
         lambda s: s.optim == "adamw8bit" and not _installed("bitsandbytes"),
         "it needs the library bitsandbytes; install it or use adamw",
     ),
-    ("clip_grad_mode", lambda s: s.clip_grad and s.clip_grad_mode != "norm", "use norm"),
-    ("on_divergence", lambda s: s.on_divergence != "stop", "use stop"),
-    ("disc_start", lambda s: s.disc_start is None, "give a step"),
-    ("lecam_weight", lambda s: s.lecam_weight > 0, "use 0"),
-    ("r1_weight", lambda s: s.r1_weight > 0, "use 0"),
-)
-REPLACED: tuple[Rule, ...] = (
-    ("precision", lambda s: s.precision in ("bf16", "fp16"), "the run uses fp32"),
-    ("amp_level", lambda s: s.amp_level != "O0" and s.precision != "fp32", "the run uses O0"),
-    ("init_loss_scale", _always, "the run uses fp32, which needs no loss scale"),
-    ("loss_scale_window", _always, "the run uses fp32, which needs no loss scale"),
-    ("jit_level", lambda s: s.jit_level != "O0", "the run is eager, as with O0"),
 )
 NO_EFFECT: tuple[Rule, ...] = (
+    ("jit_level", lambda s: s.mode == 1 and s.jit_level != "O0", "--mode 1 runs eager"),
     ("video_num_frames", lambda s: s.frames is not None, "--frames says how long clips are"),
     ("resolution", lambda s: s.resolutions is not None, "--resolutions says how large clips are"),
     ("max_grad_norm clip_grad_mode agc_factor", lambda s: not s.clip_grad, "--clip_grad is False"),

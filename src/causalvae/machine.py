@@ -27,6 +27,7 @@ SLOWEST = 1.25  # time of bf16 over that of fp32 above which a CPU counts as hav
 CGROUP = Path("/sys/fs/cgroup")
 M_MMAP_THRESHOLD = -3  # of mallopt, from malloc.h
 SMALLEST_MAPPED_BYTES = 1 << 20  # blocks from here on are mapped one by one, and unmapped when freed
+SHARE_OF_FREE = 0.85  # of free memory: predictions are off by up to 15 %
 UNLIMITED_BYTES = 1 << 60  # cgroup v1 writes a number above this for no limit
 ENVIRONMENT = (  # names of the environment that may be written into a run; nothing else of it ever is
     ASSUME_BF16, "CUDA_VISIBLE_DEVICES", "LOCAL_RANK", "MKL_NUM_THREADS", "OMP_NUM_THREADS",
@@ -193,16 +194,32 @@ def pick_device(name: str) -> str:
     return name
 
 
-def free_memory_bytes(device: str) -> int | None:
-    """Bytes that this process could still get on a device such as `cpu` or `cuda:1`. None: not told."""
+def available_bytes(device: str) -> int | None:
+    """Memory that a training may take on a device such as `cpu` or `cuda:1`; None where it is not told."""
     import torch
 
-    kind, _, index = device.partition(":")
-    if kind != "cuda":
-        return _free_main_memory()
-    number = int(index or 0)
-    idle = torch.cuda.memory_reserved(number) - torch.cuda.memory_allocated(number)
-    return torch.cuda.mem_get_info(number)[0] + idle
+    place = torch.device(device)
+    if place.type == "cuda":
+        idle = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
+        return int((torch.cuda.mem_get_info(place)[0] + idle) * SHARE_OF_FREE)
+    free = free_memory_bytes() if place.type == "cpu" else None
+    return None if free is None else int(free * SHARE_OF_FREE)
+
+
+def free_memory_bytes() -> int | None:
+    """Main memory that this process could still get: without swapping, within the limits of its cgroups."""
+    facts = {line.partition(":")[0]: line.split() for line in _lines(Path("/proc/meminfo"))}
+    free = [int(facts["MemAvailable"][1]) * 1024] if "MemAvailable" in facts else []
+    for group in _own_groups():
+        new, old = CGROUP / group, CGROUP / "memory" / group
+        free += _left(
+            new / "memory.max", new / "memory.current", cache=(new / "memory.stat", "inactive_file")
+        )
+        usage = old / "memory.usage_in_bytes"
+        free += _left(
+            old / "memory.limit_in_bytes", usage, cache=(old / "memory.stat", "total_inactive_file")
+        )
+    return max(0, min(free)) if free else None
 
 
 def hand_back_memory() -> bool:
@@ -254,24 +271,8 @@ def _own_groups() -> list[str]:
     return sorted({group.strip("/") for group in ["/", *own]})
 
 
-def _free_main_memory() -> int | None:
-    """What the system can give without swapping, and no more than is left to the cgroups of this process."""
-    facts = {line.partition(":")[0]: line.split() for line in _lines(Path("/proc/meminfo"))}
-    free = [int(facts["MemAvailable"][1]) * 1024] if "MemAvailable" in facts else []
-    for group in _own_groups():
-        new, old = CGROUP / group, CGROUP / "memory" / group
-        free += _left(
-            new / "memory.max", new / "memory.current", cache=(new / "memory.stat", "inactive_file")
-        )
-        usage = old / "memory.usage_in_bytes"
-        free += _left(
-            old / "memory.limit_in_bytes", usage, cache=(old / "memory.stat", "total_inactive_file")
-        )
-    return max(0, min(free)) if free else None
-
-
 def _left(limit: Path, usage: Path, *, cache: tuple[Path, str]) -> list[int]:
-    """Bytes between a limit and what is used, less the files cached in it; nothing where there is no limit."""
+    """Bytes that a limit leaves, cached files counted as free; nothing where there is no limit."""
     numbers = [int(word) for word in (*_words(limit), *_words(usage)) if word.isdigit()]
     if len(numbers) < 2 or numbers[0] >= UNLIMITED_BYTES:
         return []

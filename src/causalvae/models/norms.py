@@ -109,5 +109,8 @@ def _samples(x: Tensor, kind: NormKind) -> Tensor:
 
 def _laid_as(x: Tensor, like: Tensor) -> Tensor:
     last = torch.channels_last if like.dim() == 4 else torch.channels_last_3d
-    plain = torch.contiguous_format
-    return x.contiguous(memory_format=last if like.is_contiguous(memory_format=last) else plain)
+    if not like.is_contiguous(memory_format=last):
+        return x.contiguous()
+    # A lone frame may have any stride along its first axis, and the kernels take that for another layout.
+    rows = x.contiguous(memory_format=last).movedim(1, -1)
+    return rows.flatten().view(rows.shape).movedim(-1, 1)

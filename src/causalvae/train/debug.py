@@ -83,11 +83,13 @@ class BadPlace:
     """Where the first value of a step that is not finite was made.
 
     module: qualified name of a leaf, or of the block whose own code made it; empty outside of the networks.
+    after: in a block, the part whose weights were used last before; empty where nothing is to be added.
     made_here: all inputs of the operation were finite. inputs: those with floating point values that the
     operation left as they were.
     """
 
     module: str
+    after: str
     term: str | None
     direction: Direction
     operation: str
@@ -100,6 +102,7 @@ class BadPlace:
         if self.direction == "weights":
             return f"the weights of {self.module} are not finite already before the step ({self._counts()})"
         place = self.module or (f"the {self.term} term" if self.term else self.operation)
+        place += f", after {self.after}" if self.after else ""
         term = f", {self.term} term" if self.term and self.module else ""
         largest = max((facts.largest for facts in self.inputs), default=0.0)
         origin = (
@@ -142,6 +145,7 @@ class Watch(TorchDispatchMode):
             for module, name in self._modules.items()
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
         }
+        self._latest = ""  # owner of the weights that an operation used last
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
@@ -192,6 +196,7 @@ class Watch(TorchDispatchMode):
         if bad is not None:
             kept = [x for x in _tensors((args, named)) if all(x is not each for each in changed)]
             self.first = self._bad_place(name, bad, kept=kept, stale=stale)
+        self._latest = self._owner_of((args, named)) or self._latest
         return result
 
     def _bad_place(self, operation: str, bad: Tensor, *, kept: list[Tensor], stale: bool) -> BadPlace:
@@ -206,12 +211,13 @@ class Watch(TorchDispatchMode):
             direction = "recomputed"
         elif node is not None:
             module = _notes(node).get(PLACE, "")
-        owners = [self._owners.get(_storage(x), "") for x in ([bad] if update else kept)]
-        module = next((each for each in owners if each and each.startswith(module)), module)
+        owner = self._owner_of(bad if update else kept, inside=module)
+        followed = bool(module) and not owner and self._latest.startswith(f"{module}.")
         inputs = tuple(TensorFacts.of(x) for x in kept if x.is_floating_point())
         return BadPlace(
-            module=module,
-            term=_term(frames, outside=not module and direction == "backward"),
+            module=owner or module,
+            after=self._latest if followed else "",
+            term=_term(frames, outside=not (owner or module) and direction == "backward"),
             direction=direction,
             operation=operation,
             made_here=not stale and all(facts.num_nan + facts.num_inf == 0 for facts in inputs),
@@ -219,10 +225,16 @@ class Watch(TorchDispatchMode):
             inputs=inputs,
         )
 
+    def _owner_of(self, values: Any, *, inside: str = "") -> str:  # Any: as _tensors
+        """The module of the first tensor that is a weight of it or of what is in it; empty if none is."""
+        owners = (self._owners.get(_storage(x), "") for x in _tensors(values))
+        return next((name for name in owners if name and name.startswith(inside)), "")
+
 
 def _bad_weights(name: str, bad: Tensor) -> BadPlace:
     return BadPlace(
         module=name,
+        after="",
         term=None,
         direction="weights",
         operation="",

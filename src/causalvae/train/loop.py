@@ -24,11 +24,13 @@ from causalvae.errors import RunError
 from causalvae.flags import flags_of, to_text
 from causalvae.geometry import Geometry
 from causalvae.losses import LossPlan
+from causalvae.models.causalvae import set_recompute
 from causalvae.rundir import Checkpoint, RunDir, damage
 from causalvae.train.compiling import back_to_eager, compile_errors, uncompiled
 from causalvae.train.debug import BadPlace, Watch
 from causalvae.train.heldout import evaluate_held_out
 from causalvae.train.optim import clip_by_unit, clip_gradients, learning_rate, set_learning_rate
+from causalvae.train.plan import StepPlan, smaller
 from causalvae.train.replay import explain_bad_step, write_replay
 from causalvae.train.runlog import RunLog
 from causalvae.train.samples import write_samples
@@ -59,6 +61,7 @@ class Training:
     samples: list[Tensor]
     held_out: ClipSource | None
     plan: ClipPlan
+    step_plan: StepPlan
     facts: dict[str, Any]  # Any: JSON
     saved: int = -1
 
@@ -134,7 +137,7 @@ def _attempt(training: Training, clips: Clips) -> StepResult:
             training.facts["jit_level"] = "O0"
             record(training.run, training.log, training.facts)
         except RuntimeError as error:
-            raise _explained(error, training) from error
+            _plan_smaller(training, error, clips=len(clips.pixels))
         assert state.step == counts[0], "what failed was before the update"
         state.cursor = counts[1]
         for network in (state.vae, state.critic):
@@ -169,15 +172,20 @@ def _watched_step(training: Training, clips: Clips) -> StepResult:
     return result
 
 
-def _explained(error: RuntimeError, training: Training) -> Exception:
-    """Torch's error as one that a user can act on, where it is a lack of memory; else the error itself."""
+def _plan_smaller(training: Training, error: RuntimeError, *, clips: int) -> None:
+    """Plan for less memory where there was too little; raises where that is not it, or can't be helped."""
     if not any(words in str(error) for words in OUT_OF_MEMORY):
-        return error
-    return RunError(
-        f"step {training.state.step + 1}: there is not enough memory for a step of this size; lower "
-        "--batch_size, --resolution or --video_num_frames. The last checkpoint is intact",
-        status=1,
-    )
+        raise error
+    plan = smaller(training.step_plan, clips=clips)
+    if plan is None:
+        raise RunError(
+            f"step {training.state.step + 1}: there is not enough memory for a step of this size; lower "
+            "--batch_size, --resolution or --video_num_frames. The last checkpoint is intact",
+            status=1,
+        ) from error
+    training.step_plan = plan
+    set_recompute(training.state.vae, on=plan.recompute)
+    training.log.warn(f"there was not enough memory, the step is done again. {plan.sentence()}")
 
 
 def _set_rate(training: Training) -> float:
@@ -208,7 +216,7 @@ def _step(training: Training, clips: Clips) -> StepResult:
         noise,
         loss=training.loss,
         critic_loss=settings.disc_loss if _judging(training) else None,
-        parts=settings.gradient_accumulation_steps,
+        parts=min(training.step_plan.parts, len(x)),
         clipping=_clipping(settings),
         ema_decay=settings.ema_decay,
     )

@@ -8,28 +8,24 @@ import os
 import platform
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
 
 import causalvae
-from causalvae import rng
 from causalvae.config import TrainSettings, changed_mathematics, continued
 from causalvae.data.clips import ClipPlan
 from causalvae.data.sources import ClipSource
 from causalvae.errors import ConfigError, RunError
 from causalvae.flags import read_settings
-from causalvae.losses import LossPlan, build_critic
-from causalvae.machine import Machine, environment, torch_facts
-from causalvae.models.build import build
-from causalvae.models.causalvae import CausalVAE
-from causalvae.models.presets import PRESETS, CausalVAEConfig
+from causalvae.losses import LossPlan
+from causalvae.machine import Machine, capability, environment, torch_facts
 from causalvae.perceptual import Perceptual, Shelf, build_perceptual, refuse_change
-from causalvae.rundir import MANIFEST, Checkpoint, RunDir, damage
-from causalvae.train.optim import build_optimizer
-from causalvae.train.state import TrainState, read_counters
-from causalvae.weights.read import Origin, find_weights, read_header, read_model
+from causalvae.rundir import Checkpoint, RunDir, damage
+from causalvae.train.precision import Precision
+from causalvae.train.replay import is_replay
+from causalvae.train.state import read_counters
+from causalvae.weights.read import Origin, find_weights, read_header
 
 
 def check_start(settings: TrainSettings, path: Path) -> None:
@@ -59,7 +55,8 @@ def starting_point(
             f"{run.path} is not empty and --resume never was given; choose another --exp_name, or leave "
             "--resume out to go on"
         )
-    checkpoint = run.latest()
+    replay = replayed(settings)
+    checkpoint = None if replay is not None else run.latest()
     if checkpoint is None and settings.resume not in ("auto", "never"):
         checkpoint = _checkpoint_at(Path(settings.resume))
     if checkpoint is not None:
@@ -68,9 +65,18 @@ def starting_point(
         if before == run.path:
             _refuse_other_videos(run.path / "run.json", source)
         torch.set_num_threads(read_counters(checkpoint.path)["threads"])
-    if settings.mode != 2:
+    if settings.mode != 2 and replay is None:
         run.rewind("metrics.jsonl", checkpoint.step if checkpoint is not None else 0)
     return settings, checkpoint
+
+
+def replayed(settings: TrainSettings) -> Path | None:
+    """The folder of the bad step that --resume asks to repeat; None if it asks for something else."""
+    if settings.resume in ("auto", "never") or not is_replay(Path(settings.resume)):
+        return None
+    if settings.mode != 1:
+        raise ConfigError(f"--resume {settings.resume}: this is a step to repeat; add --mode 1")
+    return Path(settings.resume)
 
 
 def _refuse_other_videos(facts: Path, source: ClipSource) -> None:
@@ -108,84 +114,17 @@ def _continue(settings: TrainSettings, config: Path) -> TrainSettings:
     return continued(saved, settings)
 
 
-def build_state(
-    settings: TrainSettings, device: torch.device, *, start: Checkpoint | None
-) -> tuple[TrainState, Origin | None]:
-    """Networks, averages and optimisers, from the start or as the checkpoint has them; and whose weights."""
-    config, tensors, origin = PRESETS[settings.model], None, None
-    if start is not None:
-        config, origin = _model_of(start)
-    elif settings.load_from_checkpoint is not None:
-        config, tensors, origin = read_model(Path(settings.load_from_checkpoint))
-    vae = build(config, seed=settings.seed)
-    if tensors is not None:
-        vae.load_state_dict(tensors, strict=True)
-    vae = vae.to(device)
-    lay_out(vae)
-    ema = {name: p.detach().clone() for name, p in vae.named_parameters()} if settings.use_ema else {}
-    critic = _critic(settings, device)
-    logvar = nn.Parameter(
-        torch.tensor(settings.logvar_init, device=device), requires_grad=settings.learn_logvar
+def choose_precision(settings: TrainSettings, path: Path, device: torch.device) -> Precision:
+    """What the run in `path` computes in here; a run that goes on keeps to what it began with."""
+    began = _facts_before(settings, path)
+    saved = None if began is None else (began["precision"], began["amp_level"])
+    wanted = {settings.precision, *([saved[0]] if saved is not None else [])} & {"bf16", "fp16"}
+    if settings.precision == "auto" and device.type == "cuda":
+        wanted.add("bf16")
+    able = capability(str(device), os.environ, names=sorted(wanted))
+    return Precision.of(
+        settings.precision, settings.amp_level, device=str(device), capability=able, saved=saved
     )
-    learned = [
-        *_learning(vae, settings.train_parts),
-        *([("logvar", logvar)] if settings.learn_logvar else []),
-    ]
-    how = {
-        "kind": settings.optim,
-        "lr": settings.start_learning_rate,
-        "betas": settings.betas,
-        "weight_decay": settings.weight_decay,
-    }
-    state = TrainState(
-        vae=vae,
-        ema=ema,
-        critic=critic,
-        logvar=logvar,
-        optimizer=build_optimizer(learned, **how),
-        critic_optimizer=build_optimizer(critic.named_parameters(), **how) if critic is not None else None,
-    )
-    if start is not None:
-        state.load(start.path)
-    return state, origin
-
-
-def _learning(vae: CausalVAE, parts: Literal["all", "decoder", "encoder"]) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that learn; the others are frozen.
-
-    The last layer keeps its gradient: the adaptive weight is measured at it.
-    """
-    frozen = {"all": (), "decoder": ("encoder.", "quant_conv."), "encoder": ("decoder.", "post_quant_conv.")}
-    learning = [(name, p) for name, p in vae.named_parameters() if not name.startswith(frozen[parts])]
-    names = {name for name, _ in learning}
-    for name, parameter in vae.named_parameters():
-        parameter.requires_grad_(name in names)
-    vae.last_layer.get_parameter("weight").requires_grad_(True)
-    return learning
-
-
-def _model_of(start: Checkpoint) -> tuple[CausalVAEConfig, Origin]:
-    """Config and origin of a checkpoint's weights by header and manifest; TrainState reads the tensors."""
-    file = find_weights(start.path)
-    manifest = json.loads((start.path / MANIFEST).read_text())
-    return read_header(file), Origin(file, manifest["files"][file.name]["sha256"], file.stem)
-
-
-def lay_out(module: nn.Module) -> None:
-    """Lay out the weights of 3D convolutions with channels last, where their kernels are fastest.
-
-    By hand: Module.to(memory_format=...) refuses a module that has 2D convolutions as well.
-    """
-    for parameter in module.parameters():
-        if parameter.ndim == 5:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
-
-
-def _critic(settings: TrainSettings, device: torch.device) -> nn.Module | None:
-    if settings.disc_type == "none":
-        return None
-    base = rng.key("critic", settings.seed)
-    return build_critic(settings.disc_type, base=base, norm=settings.disc_norm).to(device)
 
 
 def clip_plan(settings: TrainSettings) -> ClipPlan:
@@ -241,11 +180,13 @@ def loss_plan(settings: TrainSettings, perceptual: Perceptual | None) -> LossPla
         perceptual_weight=settings.perceptual_weight,
         kl_weight=settings.kl_weight,
         disc_weight=settings.disc_weight,
+        lecam_weight=settings.lecam_weight,
+        r1_weight=settings.r1_weight,
     )
 
 
 def run_facts(
-    source: ClipSource, origin: Origin | None, *, perceptual: Perceptual | None
+    source: ClipSource, origin: Origin | None, *, perceptual: Perceptual | None, precision: Precision
 ) -> dict[str, Any]:  # Any: JSON
     """What a run stands on: versions, machine, data and weights."""
     return {
@@ -254,8 +195,7 @@ def run_facts(
         "torch": asdict(torch_facts()),
         "machine": asdict(Machine.look()),
         "environment": environment(os.environ),
-        "precision": "fp32",
-        "amp_level": "O0",
+        **precision.facts(),
         "jit_level": "O0",
         "deterministic": True,
         "weights": None if origin is None else {"file": str(origin.path), "sha256": origin.sha256},

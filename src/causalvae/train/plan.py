@@ -1,186 +1,194 @@
-"""How a step is made so that it fits into memory: whether blocks are recomputed, and in how many parts.
+"""How a step is made to fit into memory: blocks recomputed, the batch in parts, and the same result.
 
-The result of the step is the same either way (`train.step`); only memory and time differ. Predictions come
-from `train.predict`; the choice between them is arithmetic and knows no tensors.
+Predictions come from `train.predict`; the choice between them is arithmetic that knows no tensors.
 """
 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from causalvae.errors import ConfigError
+from causalvae.flags import MemoryBudget
 from causalvae.losses import LossPlan
 from causalvae.train.optim import OptimizerKind
-from causalvae.train.predict import held_bytes, step_bytes
+from causalvae.train.predict import step_bytes
 from causalvae.train.state import TrainState
+
+GIB, MIB = 2**30, 2**20
+TIGHT_SHARE = 0.5  # of its budget, from which on a step may not waste any
+WORTH_IT = 0.98  # of the bytes before: more parts cost time
+PARTS_RUN = 8  # are predicted by running them; beyond, every other part costs the same
+# Three times what the widest preset keeps of a value of the clip, in bytes, and what AdamW holds of a weight
+# with gradient, master and average: a step that fits even so is not counted.
+CERTAIN_BYTES_PER_VALUE = 16_000
+CERTAIN_BYTES_PER_WEIGHT = 40
 
 Policy = Literal["auto", "speed", "lean", "budget"]
 
-AUTO_SHARE = 0.8  # of free memory that a step may fill: predictions are within 15 %, and others live here too
-TIGHT_SHARE = 0.5  # of its budget, from which on a step may not waste any
-SAVED_ENOUGH = 0.98  # of the bytes: more parts cost time, and have to be worth it
-PARTS_RUN = 8  # predicted by running them all; beyond, what another part costs is the same for each
 
-
-@dataclass(frozen=True, kw_only=True)
-class Way:
-    """How a step could be made. recompute: blocks keep their input only and run again in backward."""
-
-    parts: int
-    recompute: bool
-
-
-Predict = Callable[[Way], int]
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class StepPlan:
-    """How steps are made. Sizes are in bytes, predicted, without the bare process.
+    """parts: pieces of a batch. recompute: whether blocks run again in backward.
 
-    whole_bytes: what the step would take with nothing recomputed and in as few parts as were asked for.
+    peak_bytes: predicted for the largest clips, None where it was not needed. budget_bytes: None without one.
+    whole_bytes: what the plan without any saving would take, None where it was not needed.
     """
 
-    clips: int
-    least_parts: int
-    way: Way
-    predicted_bytes: int
-    whole_bytes: int
-    budget_bytes: int
+    parts: int
+    recompute: bool = False
+    peak_bytes: int | None = None
+    budget_bytes: int | None = None
+    whole_bytes: int | None = None
 
     @property
-    def parts(self) -> int:
-        """The batch goes through the autoencoder in this many pieces."""
-        return self.way.parts
-
-    @property
-    def recompute(self) -> bool:
-        """Blocks keep their input only."""
-        return self.way.recompute
+    def fits(self) -> bool:
+        """Whether the prediction is within the budget, as far as both are known."""
+        return self.peak_bytes is None or self.budget_bytes is None or self.peak_bytes <= self.budget_bytes
 
     @property
     def tight(self) -> bool:
-        """Whether memory that is freed has to be handed back at once (`machine.hand_back_memory`)."""
-        return self.predicted_bytes > TIGHT_SHARE * self.budget_bytes
+        """Whether memory that is freed should be handed back at once (`machine.hand_back_memory`)."""
+        if self.peak_bytes is None or self.budget_bytes is None:
+            return False
+        return self.peak_bytes > TIGHT_SHARE * self.budget_bytes
 
-    def say(self) -> str:
-        """The plan in one sentence, for the log."""
-        whole, room, planned = map(amount, (self.whole_bytes, self.budget_bytes, self.predicted_bytes))
-        done = ["blocks are recomputed"] if self.recompute else []
-        if self.parts > self.least_parts:
-            done.append(f"the batch goes in {self.parts} parts")
-        if not done:
-            return f"a step takes about {planned} of {room}"
-        return f"a step needs {whole} of {room}: {' and '.join(done)} ({planned})"
+    def sentence(self) -> str:
+        """What was planned, for the log; empty where there is nothing to say."""
+        how = ["blocks are recomputed"] if self.recompute else []
+        how += [f"the batch goes in {self.parts} parts"] if self.parts > 1 else []
+        if not how:
+            return ""
+        size = "" if self.peak_bytes is None else f" ({amount(self.peak_bytes)})"
+        needs = "memory: "
+        if self.whole_bytes is not None and self.budget_bytes is not None:
+            needs = (
+                f"memory: a step needs {amount(self.whole_bytes)} and may take {amount(self.budget_bytes)}: "
+            )
+        return f"{needs}{' and '.join(how)}{size}; the result is that of the whole batch"
+
+
+Predict = Callable[[StepPlan], int]
 
 
 def plan_step(
-    clips: int, *, predict: Predict, policy: Policy, budget_bytes: int, least_parts: int = 1
+    state: TrainState,
+    *,
+    shapes: Sequence[Sequence[int]],
+    parts: int,
+    memory: MemoryBudget,
+    available_bytes: int | None,
+    loss: LossPlan,
+    optimizer: OptimizerKind,
 ) -> StepPlan:
-    """The fastest way that fits, or with `lean` the smallest. ConfigError if none fits.
+    """The fastest plan whose prediction fits, with `lean` the smallest. ConfigError if nothing fits.
 
-    clips: in the batch. least_parts: never fewer, as gradient accumulation asks.
+    state: as `predict.step_bytes` takes it. shapes: b 3 t h w of every kind of batch. parts: the least
+    number. available_bytes: what a step may use where no number is given, None if unknown.
     """
-    ways = ways_of(clips, policy=policy, least_parts=least_parts)
-    found = smallest(ways, predict) if policy == "lean" else first_fit(ways, predict, budget_bytes)
-    needs = predict(found)
-    if needs > budget_bytes:
-        raise ConfigError(_nothing_fits(found, needs=needs, budget_bytes=budget_bytes, policy=policy))
-    return StepPlan(
-        clips=clips,
-        least_parts=least_parts,
-        way=found,
-        predicted_bytes=needs,
-        whole_bytes=predict(Way(parts=least_parts, recompute=False)),
-        budget_bytes=budget_bytes,
-    )
+    budget = memory.num_bytes if memory.num_bytes is not None else available_bytes
+    if memory.policy in ("auto", "speed") and (budget is None or _surely_fits(state, shapes, budget)):
+        return StepPlan(parts, budget_bytes=budget)
+    clips = max(shape[0] for shape in shapes)
+    predict = predictor(state, shapes=shapes, loss=loss, optimizer=optimizer)
+    return choose(clips, predict=predict, policy=memory.policy, budget_bytes=budget, least_parts=parts)
 
 
-def smaller(plan: StepPlan, *, predict: Predict) -> StepPlan | None:
-    """The next smaller plan, for a device that ran out of memory: recomputation first, then more parts.
-
-    None if there is none. The budget is what the prediction of the failed plan was, as it did not fit.
-    """
-    ways = ways_of(plan.clips, policy="auto", least_parts=plan.least_parts)
-    below = [way for way in ways if (way.recompute, way.parts) > (plan.recompute, plan.parts)]
-    below = [way for way in below if way.parts >= plan.parts]
-    if not below:
-        return None
-    return StepPlan(
-        clips=plan.clips,
-        least_parts=plan.least_parts,
-        way=below[0],
-        predicted_bytes=predict(below[0]),
-        whole_bytes=plan.whole_bytes,
-        budget_bytes=plan.predicted_bytes,
-    )
+def choose(
+    clips: int, *, predict: Predict, policy: Policy, budget_bytes: int | None, least_parts: int = 1
+) -> StepPlan:
+    """The first plan that fits, from fast to small; with `lean` the smallest. ConfigError if none fits."""
+    plans = candidates(clips, policy=policy, least_parts=least_parts)
+    if policy == "lean":
+        least = min(predict(plan) for plan in plans)
+        found = next(plan for plan in plans if WORTH_IT * predict(plan) <= least)
+    else:
+        fitting = (plan for plan in plans if budget_bytes is None or predict(plan) <= budget_bytes)
+        found = next(fitting, None) or min(plans, key=predict)
+    plan = replace(found, peak_bytes=predict(found), budget_bytes=budget_bytes)
+    if not plan.fits:
+        raise ConfigError(_nothing_fits(plan, policy=policy))
+    return replace(plan, whole_bytes=predict(StepPlan(least_parts)))
 
 
-def ways_of(clips: int, *, policy: Policy, least_parts: int) -> list[Way]:
-    """The ways that a policy allows, from fast to small: recomputation costs less time than parts do."""
-    counts = [least_parts]
-    while counts[-1] < clips:
-        pieces = math.ceil(clips / min(2 * counts[-1], clips))  # clips per part, as torch.chunk has it
-        counts.append(math.ceil(clips / pieces))
+def smaller(plan: StepPlan, *, clips: int) -> StepPlan | None:
+    """The next plan that needs less memory, for a device that had too little; None if there is none."""
+    if not plan.recompute:
+        return StepPlan(plan.parts, recompute=True, budget_bytes=plan.budget_bytes)
+    parts = _more_parts(plan.parts, clips=clips)
+    return None if parts is None else StepPlan(parts, recompute=True, budget_bytes=plan.budget_bytes)
+
+
+def candidates(clips: int, *, policy: Policy, least_parts: int) -> list[StepPlan]:
+    """What a policy allows, from fast to small: recomputing blocks costs less time than parts do."""
+    counts: list[int] = []
+    parts: int | None = least_parts
+    while parts is not None:
+        counts.append(parts)
+        parts = _more_parts(parts, clips=clips)
     if policy == "speed":
-        return [Way(parts=parts, recompute=False) for parts in counts]
-    ways = [Way(parts=parts, recompute=True) for parts in counts]
-    return ways if policy == "lean" else [Way(parts=least_parts, recompute=False), *ways]
+        return [StepPlan(parts) for parts in counts]
+    plans = [StepPlan(parts, recompute=True) for parts in counts]
+    return plans if policy == "lean" else [StepPlan(least_parts), *plans]
 
 
-def first_fit(ways: Sequence[Way], predict: Predict, budget_bytes: int) -> Way:
-    """The first way that fits, or the smallest where none does."""
-    return next((way for way in ways if predict(way) <= budget_bytes), None) or min(ways, key=predict)
-
-
-def smallest(ways: Sequence[Way], predict: Predict) -> Way:
-    """The way of fewest bytes, or one of fewer parts that is about as small."""
-    least = min(predict(way) for way in ways)
-    return next(way for way in ways if SAVED_ENOUGH * predict(way) <= least)
+def _more_parts(parts: int, *, clips: int) -> int | None:
+    """About twice as many, as many as torch.chunk then makes; None where every clip goes alone."""
+    if parts >= clips:
+        return None
+    each = math.ceil(clips / min(2 * parts, clips))
+    return math.ceil(clips / each)
 
 
 def predictor(
-    state: TrainState, *, shape: Sequence[int], loss: LossPlan, optimizer: OptimizerKind
+    state: TrainState, *, shapes: Sequence[Sequence[int]], loss: LossPlan, optimizer: OptimizerKind
 ) -> Predict:
-    """Bytes of a step of this training by the way it is made; each way is computed once, in about a second.
-
-    shape: b 3 t h w of the largest batch.
-    """
+    """Bytes of a step by its plan, for the largest of these batches; each is counted once, in a second."""
+    _, channels, *size = max(shapes, key=math.prod)
 
     @functools.cache
-    def peak(way: Way, clips: int) -> int:
-        counts = [PARTS_RUN // 2, PARTS_RUN]
-        if way.parts > PARTS_RUN:
-            each = math.ceil(clips / way.parts)
-            few, more = (peak(Way(parts=n, recompute=way.recompute), n * each) for n in counts)
-            return more + (more - few) * (way.parts - counts[1]) // (counts[1] - counts[0])
-        batch = (clips, *shape[1:])
+    def peak(parts: int, clips: int, *, recompute: bool) -> int:
+        if parts > PARTS_RUN:
+            each = math.ceil(clips / parts)
+            few, more = (
+                peak(count, count * each, recompute=recompute) for count in (PARTS_RUN // 2, PARTS_RUN)
+            )
+            return more + (more - few) * (parts - PARTS_RUN) // (PARTS_RUN - PARTS_RUN // 2)
         return step_bytes(
-            state, shape=batch, parts=way.parts, recompute=way.recompute, loss=loss, optimizer=optimizer
+            state,
+            shape=(clips, channels, *size),
+            parts=parts,
+            recompute=recompute,
+            loss=loss,
+            optimizer=optimizer,
         ).peak
 
-    return lambda way: peak(way, shape[0])
-
-
-def auto_budget(state: TrainState, free_bytes: int) -> int:
-    """Bytes that a step may take where nobody gave a number. What the training holds already counts as free."""
-    return int(AUTO_SHARE * (free_bytes + held_bytes(state)))
+    clips = max(shape[0] for shape in shapes)
+    return lambda plan: peak(min(plan.parts, clips), clips, recompute=plan.recompute)
 
 
 def amount(num_bytes: int) -> str:
     """A size for people: GiB, or MiB where there is less than one."""
-    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.0f} MiB"
 
 
-def _nothing_fits(way: Way, *, needs: int, budget_bytes: int, policy: Policy) -> str:
-    parts = f" and the batch in {way.parts} parts" if way.parts > 1 else ""
-    how = f" with {'blocks recomputed' if way.recompute else 'nothing recomputed'}{parts}"
-    room = (
-        "was given by --memory" if policy == "budget" else f"may be used ({AUTO_SHARE:.0%} of what is free)"
-    )
+def _nothing_fits(plan: StepPlan, *, policy: Policy) -> str:
+    needs, may = (amount(size or 0) for size in (plan.peak_bytes, plan.budget_bytes))
+    how = "blocks recomputed" if plan.recompute else "nothing recomputed"
+    parts = f" and the batch in {plan.parts} parts" if plan.parts > 1 else ""
+    room = f"--memory gives it {may}" if policy == "budget" else f"{may} of the free memory may be used"
     other = "use --memory auto, or " if policy == "speed" else ""
+    more = "raise the budget" if policy == "budget" else "give --memory a number to plan with another"
     return (
-        f"--memory: a step needs at least {amount(needs)}{how}, and {amount(budget_bytes)} {room}; {other}"
-        "lower --resolution, --video_num_frames or --batch_size, or take a smaller --model"
+        f"a step needs at least {needs}, with {how}{parts}, and {room}; {other}lower --resolution, "
+        f"--video_num_frames or --batch_size, take a smaller --model, or {more}"
     )
+
+
+def _surely_fits(state: TrainState, shapes: Sequence[Sequence[int]], budget: int) -> bool:
+    """Whether a rough bound is within the budget, so that nothing has to be counted."""
+    networks = [network for network in (state.vae, state.critic) if network is not None]
+    weights = sum(p.numel() for network in networks for p in network.parameters())
+    values = max(math.prod(shape) for shape in shapes)
+    return weights * CERTAIN_BYTES_PER_WEIGHT + values * CERTAIN_BYTES_PER_VALUE + GIB <= budget

@@ -7,7 +7,7 @@ backward pass, the critic's turn and split batches are all in the figure, whatev
 
 import copy
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from causalvae.losses import LossPlan
 from causalvae.models.causalvae import CausalVAE, set_recompute
-from causalvae.train.optim import OptimizerKind, named
+from causalvae.train.optim import MasterWeights, OptimizerKind, named
 from causalvae.train.state import TrainState
 from causalvae.train.step import train_step
 
@@ -68,7 +68,7 @@ def step_bytes(
         twin = _twin(state, moments=MOMENTS[optimizer])
         set_recompute(twin.vae, on=recompute)
         if isinstance(loss.perceptual, nn.Module):
-            loss = replace(loss, perceptual=_on_meta(loss.perceptual))
+            loss = replace(loss, perceptual=on_meta(loss.perceptual))
         at_rest = live.bytes
         b, _, t, h, w = shape
         pixels = torch.empty(tuple(shape), dtype=torch.uint8, device="meta")  # held while the step is made
@@ -80,24 +80,39 @@ def step_bytes(
     return StepBytes(at_rest=at_rest + LIBRARIES, peak=live.peak + LIBRARIES)
 
 
-def held_bytes(state: TrainState) -> int:
-    """Bytes of the tensors that a training holds now: weights, averages, masters and moments that exist."""
-    networks = [network for network in (state.vae, state.critic) if network is not None]
-    tensors = [*state.ema.values(), *(tensor for network in networks for tensor in _tensors(network))]
-    for optimizer in (each for each in (state.optimizer, state.critic_optimizer) if each is not None):
-        tensors += [param for _, param in named(optimizer)]
-        tensors += [each for each in tree_leaves(list(optimizer.state.values())) if isinstance(each, Tensor)]
-    storages = {id(storage): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
-    return sum(storage.nbytes() for storage in storages.values())
+def blueprint(
+    vae: CausalVAE,
+    critic: nn.Module | None,
+    *,
+    ema: bool = True,
+    lowered: Callable[[nn.Module], MasterWeights | None] | None = None,
+) -> TrainState:
+    """A training on the meta device to predict from, of networks that are on any device and are not touched.
+
+    lowered: makes a network compute in fewer bits and returns its masters, as `precision.lower` does.
+    """
+    vae = on_meta(vae)
+    average = {name: torch.empty_like(p, device="meta") for name, p in vae.named_parameters()} if ema else {}
+    critic = None if critic is None else on_meta(critic)
+    masters = lowered(vae) if lowered is not None else None
+    critic_masters = lowered(critic) if lowered is not None and critic is not None else None
+    judging = critic_masters or critic
+    return TrainState(
+        vae=vae,
+        ema=average,
+        critic=critic,
+        logvar=nn.Parameter(torch.zeros((), device="meta"), requires_grad=False),
+        optimizer=_Moments((masters or vae).named_parameters(), moments=0),
+        critic_optimizer=None if judging is None else _Moments(judging.named_parameters(), moments=0),
+        lecam=torch.zeros(3, device="meta"),
+        masters=masters,
+        critic_masters=critic_masters,
+    )
 
 
-def blueprint(vae: CausalVAE, critic: nn.Module | None, *, ema: bool = True) -> TrainState:
-    """A training in fp32 to predict from, of networks that may be on the meta device and never be trained."""
-    tensors = {name: torch.empty_like(p, device="meta") for name, p in vae.named_parameters()} if ema else {}
-    logvar = nn.Parameter(torch.zeros((), device="meta"), requires_grad=False)
-    updating = _Moments(vae.named_parameters(), moments=0)
-    judging = _Moments(critic.named_parameters(), moments=0) if critic is not None else None
-    return TrainState(vae, tensors, critic, logvar, updating, judging)
+def on_meta(network: Network) -> Network:
+    """The same network with weights that have shapes and no memory."""
+    return copy.deepcopy(network, {id(tensor): _meta(tensor) for tensor in _tensors(network)})
 
 
 def _twin(state: TrainState, *, moments: float) -> TrainState:
@@ -112,11 +127,6 @@ def _twin(state: TrainState, *, moments: float) -> TrainState:
         twins = [(name, known[id(param)]) for name, param in named(each)]
         known[id(each)] = _Moments(twins, moments=moments)
     return copy.deepcopy(state, known)
-
-
-def _on_meta(network: Network) -> Network:
-    """The same network with weights that have shapes and no memory."""
-    return copy.deepcopy(network, {id(tensor): _meta(tensor) for tensor in _tensors(network)})
 
 
 def _tensors(network: nn.Module) -> list[Tensor]:

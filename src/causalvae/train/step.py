@@ -71,11 +71,9 @@ def train_step(
     clipping: Clipping = clip_gradients,
     ema_decay: float = 0.0,
 ) -> StepResult:
-    """One update of the autoencoder, its average and the critic from one batch. The caller sets the
-    learning rates.
+    """One update of the autoencoder, its average and the critic from one batch, at the rates that are set.
 
-    clip: b 3 t h w in [-1, 1], any t >= 1. noise: standard normal in the shape of the latent of the padded
-    clip.
+    clip: b 3 t h w in [-1, 1], any t >= 1. noise: standard normal, as the latent of the padded clip.
     critic_loss: None leaves the critic out, as before disc_start.
     parts: the batch goes through the autoencoder in this many pieces, one after the other.
     clipping: of the gradients of each network by itself; by default they are only measured.
@@ -98,10 +96,10 @@ def train_step(
     result = StepResult(answered.terms, norm, None, applied=norm is not None, loss_scale=used)
     if norm is None or critic is None or critic_loss is None:
         return result
-    critic_scale = _value(state.critic_scale)
+    used = _value(state.critic_scale)
     judged, norm = _critic_update(state, critic, clip, recon, kind=critic_loss, loss=loss, clipping=clipping)
     terms = replace(answered.terms, **vars(judged))
-    return replace(result, terms=terms, critic_grad_norm=norm, critic_loss_scale=critic_scale)
+    return replace(result, terms=terms, critic_grad_norm=norm, critic_loss_scale=used)
 
 
 def _value(scale: LossScale | None) -> float | None:
@@ -190,6 +188,8 @@ def _backward(
     scale = state.scale.value if state.scale is not None else 1.0
     values, num_clips, frames = like[0, :, 0].numel(), len(like), like.shape[2]
     pieces = (answered.recon * scale).chunk(len(x))
+    if len(x) > 1:
+        forward.recons.clear()  # their graphs have answered: the last layer's inputs make room for the parts
     if state.logvar.requires_grad:
         state.logvar.grad = (answered.logvar * scale).to(state.logvar.dtype)
     for i in range(len(x)):

@@ -24,20 +24,24 @@ from causalvae.flags import Given
 from causalvae.machine import pick_device
 from causalvae.perceptual import Perceptual
 from causalvae.rundir import Checkpoint, RunDir, run_path
+from causalvae.train.compiling import compile_blocks
 from causalvae.train.heldout import evaluate_held_out
-from causalvae.train.loop import Training, record, report_held_out, train_until_done
+from causalvae.train.loop import Training, record, repeat_step, report_held_out, train_until_done
+from causalvae.train.networks import Built, build_state
 from causalvae.train.parts import (
-    build_state,
     check_start,
+    choose_precision,
     clip_plan,
     find_perceptual,
     loss_plan,
+    replayed,
     run_facts,
     starting_point,
 )
+from causalvae.train.precision import Precision
+from causalvae.train.replay import read_replay
 from causalvae.train.runlog import RunLog
 from causalvae.train.signals import StopRequest, stop_on_signal
-from causalvae.train.state import TrainState
 
 NUM_SAMPLES = 2  # fixed clips that are reconstructed at every save
 
@@ -62,6 +66,7 @@ class _Asked:
     source: ClipSource
     held_out: ClipSource | None
     perceptual: Perceptual | None
+    precision: Precision
     stop: StopRequest
 
 
@@ -83,42 +88,64 @@ def train(
     perceptual, more = find_perceptual(settings, path)
     if perceptual is not None:
         perceptual.module.to(device)
+    precision = choose_precision(settings, path, device)
     with deterministic(), stop_on_signal() as stop, RunDir(path) as run:
         settings, start = starting_point(run, settings, source=source)
         with RunLog(
             run, max_steps=settings.max_steps, log_steps=settings.log_steps, tensorboard=settings.tensorboard
         ) as log:
-            for warning in warnings + more:
+            for warning in [*warnings, *precision.warnings, *more]:
                 log.warn(warning)
-            asked = _Asked(settings, given, command, device, source, held_out, perceptual, stop)
+            asked = _Asked(settings, given, command, device, source, held_out, perceptual, precision, stop)
             step = _work(asked, run, log, start=start)
     return RunResult(path, stop.status, step)
 
 
 def _work(asked: _Asked, run: RunDir, log: RunLog, *, start: Checkpoint | None) -> int:
     """Evaluate or train; the step at the end."""
-    settings = asked.settings
-    state, origin = build_state(settings, asked.device, start=start)
+    settings, built = asked.settings, _built(asked, start=start)
+    state = built.state
     if settings.mode == 2:
         videos, plan = asked.held_out or asked.source, clip_plan(settings)
         report_held_out(
             run, log, step=state.step, result=evaluate_held_out(state.vae, videos, plan, weights=state.ema)
         )
         return state.step
+    replay = replayed(settings)
+    if replay is not None:
+        _repeat(asked, run, log, built=built, folder=replay)
+        return state.step
     run.write_text("config.yaml", to_yaml(settings, asked.given))
     facts = {
         "command": redact(asked.command),
         "device": str(asked.device),
-        **run_facts(asked.source, origin, perceptual=asked.perceptual),
+        **run_facts(asked.source, built.origin, perceptual=asked.perceptual, precision=asked.precision),
+        "jit_level": "O0" if settings.mode == 1 else settings.jit_level,
     }
+    for line in built.notes:
+        log.say(line)
+    for line in built.warnings:
+        log.warn(line)
     record(run, log, facts)
     if state.step >= settings.max_steps:
         log.say(f"{run.path} is already at step {state.step}; raise --max_steps to go on")
         return state.step
-    _train(asked, run, log, state=state, facts=facts)
+    _train(asked, run, log, built=built, facts=facts)
     record(run, log, facts)
     log.say(f"step {state.step}: {'stopped' if asked.stop.number else 'done'}; the run is in {run.path}")
     return state.step
+
+
+def _built(asked: _Asked, *, start: Checkpoint | None) -> Built:
+    given = asked.given or {}
+    return build_state(
+        asked.settings,
+        asked.device,
+        start=start,
+        precision=asked.precision,
+        loss=loss_plan(asked.settings, asked.perceptual),
+        scaled="init_loss_scale" in given or "loss_scale_window" in given,
+    )
 
 
 @contextmanager
@@ -144,10 +171,10 @@ def _train(
     run: RunDir,
     log: RunLog,
     *,
-    state: TrainState,
+    built: Built,
     facts: dict[str, Any],  # Any: JSON
 ) -> None:
-    settings, source = asked.settings, asked.source
+    settings, source, state = asked.settings, asked.source, built.state
     plan = clip_plan(settings)
     with _loader(asked, run, log, plan=plan, cursor=state.cursor) as loader:
         training = Training(
@@ -160,11 +187,37 @@ def _train(
             samples=_fixed_clips(source, plan),
             held_out=asked.held_out,
             plan=plan,
+            step_plan=built.plan,
             facts=facts,
         )
         log.say(f"{settings.exp_name}: {len(source)} videos, {_size_of(state.vae)}, from step {state.step}")
+        if facts["jit_level"] != "O0":
+            for warning in compile_blocks(state.vae, settings.jit_level):
+                facts["jit_level"] = "O0"
+                log.warn(warning)
         log.start(state.step)
         train_until_done(training, asked.stop)
+
+
+def _repeat(asked: _Asked, run: RunDir, log: RunLog, *, built: Built, folder: Path) -> None:
+    """The bad step of a folder once more; nothing of the run is changed."""
+    replay = read_replay(folder)
+    training = Training(
+        settings=asked.settings,
+        run=run,
+        log=log,
+        state=built.state,
+        loader=None,
+        loss=loss_plan(asked.settings, asked.perceptual),
+        samples=[],
+        held_out=None,
+        plan=clip_plan(asked.settings),
+        step_plan=built.plan,
+        facts={},
+    )
+    bad = repeat_step(training, replay.clips)
+    found = "this time every value was finite" if bad is None else bad.sentence()
+    log.say(f"step {replay.step} of {folder} again: {found}")
 
 
 def _loader(asked: _Asked, run: RunDir, log: RunLog, *, plan: ClipPlan, cursor: int) -> ClipLoader:
