@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from causalvae import rng
-from causalvae.losses import LossPlan, build_critic
+from causalvae.losses import CriticKind, LossPlan, build_critic
 from causalvae.machine import hand_back_memory
 from causalvae.models.build import build
 from causalvae.models.causalvae import set_recompute
@@ -85,7 +85,7 @@ def training(case: Case) -> TrainState:
     """A training as the trainer makes it."""
     vae = build(MODELS[case.model])
     lay_out(vae)
-    kinds = {"2d": "patchgan2d", "3d": "patchgan3d"}
+    kinds: dict[str, CriticKind] = {"2d": "patchgan2d", "3d": "patchgan3d"}
     critic = None if case.critic == "none" else build_critic(kinds[case.critic], base=1)
     how = {"kind": "adamw", "lr": 1e-4}
     return TrainState(

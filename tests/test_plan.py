@@ -139,13 +139,15 @@ def test_fewer_bits_take_less_and_masters_more() -> None:
     levels: list[Level] = ["O0", "O1", "O2", "O3"]
     sizes = {}
     for level in levels:
-        precision = Precision("fp32" if level == "O0" else "bf16", level)
+        precision = Precision(name="fp32" if level == "O0" else "bf16", level=level)
         state = blueprint(vae, None, lowered=partial(lower, precision=precision))
         sizes[level] = step_bytes(state, shape=(1, 3, 9, 64, 64))
     weights = 4 * sum(p.numel() for p in vae.parameters())
     assert sizes["O1"].at_rest == sizes["O0"].at_rest
     assert sizes["O2"].at_rest - sizes["O1"].at_rest == pytest.approx(weights / 2, rel=0.01)
-    assert sizes["O3"].peak < sizes["O1"].peak < sizes["O0"].peak
+    steps = {level: size.peak - size.at_rest for level, size in sizes.items()}
+    assert steps["O1"] < steps["O0"]
+    assert steps["O3"] < steps["O0"]
 
 
 def test_each_saving_makes_a_step_smaller() -> None:
@@ -157,10 +159,10 @@ def test_each_saving_makes_a_step_smaller() -> None:
 
 
 def test_many_parts_are_predicted_from_fewer_to_two_percent() -> None:
-    state, shape = on_paper("tiny"), (12, 3, 5, 64, 64)
+    state, shape = on_paper("tiny"), (6, 3, 5, 64, 64)
     predict = predictor(state, shapes=[shape], loss=LossPlan(), optimizer="adamw")
-    exact = step_bytes(state, shape=shape, parts=12).peak
-    found = predict(StepPlan(12, recompute=False))
+    exact = step_bytes(state, shape=shape, parts=6).peak
+    found = predict(StepPlan(6))
     assert found - LIBRARIES == pytest.approx(exact - LIBRARIES, rel=0.02)
 
 

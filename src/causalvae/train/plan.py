@@ -19,7 +19,7 @@ from causalvae.train.state import TrainState
 GIB, MIB = 2**30, 2**20
 TIGHT_SHARE = 0.5  # of its budget, from which on a step may not waste any
 WORTH_IT = 0.98  # of the bytes before: more parts cost time
-PARTS_RUN = 8  # are predicted by running them; beyond, every other part costs the same
+PARTS_RUN = 4  # are predicted by running them; beyond, every other part costs the same
 # Three times what the widest preset keeps of a value of the clip, in bytes, and what AdamW holds of a weight
 # with gradient, master and average: a step that fits even so is not counted.
 CERTAIN_BYTES_PER_VALUE = 16_000
