@@ -126,7 +126,6 @@ def test_in_a_block_or_chain_of_blocks_the_layer_before_is_named_too(memory: str
     [
         ("main.0.weight", "critic.main.0", "adversarial"),
         ("main.6.weight", "critic.main.6", "adversarial"),
-        ("main.9.weight", "", "adaptive weight"),
         ("main.11.bias", "", "adversarial"),
     ],
 )

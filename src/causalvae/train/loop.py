@@ -168,7 +168,10 @@ def _watched_step(training: Training, clips: Clips) -> StepResult:
             terms=result.terms.numbers(),
             settings={name: to_text(flag, getattr(training.settings, name)) for name, flag in flags.items()},
         )
-        training.log.warn(explain_bad_step(watch.first, folder, step=before.step + 1, clips=clips))
+        found = explain_bad_step(watch.first, folder, step=before.step + 1, clips=clips)
+        if not result.applied and training.state.scale is None:  # else an overflow that the scale follows
+            raise RunError(found, status=1)
+        training.log.warn(found)
     return result
 
 

@@ -155,12 +155,12 @@ def find_perceptual(settings: TrainSettings, path: Path) -> tuple[Perceptual | N
     choice, warnings = settings.perceptual, list[str]()
     if settings.mode == 2:
         return None, []
-    if began is not None and choice == "auto" and began["perceptual"] is None:
+    if began is not None and choice == "auto" and began.get("perceptual") is None:
         choice, warnings = "none", ["this run was begun without a perceptual term and goes on without"]
     smallest = min((min(size), size) for _, size in clip_plan(settings).shapes())[1]
     found, more = build_perceptual(choice, size=smallest, shelf=Shelf.of(os.environ), progress=True)
     if began is not None:
-        refuse_change(began["perceptual"], found, run=path)
+        refuse_change(began.get("perceptual"), found, run=path)
     return found, warnings + more
 
 

@@ -24,7 +24,7 @@ from causalvae.flags import Given
 from causalvae.machine import pick_device
 from causalvae.perceptual import Perceptual
 from causalvae.rundir import Checkpoint, RunDir, run_path
-from causalvae.train.compiling import compile_blocks
+from causalvae.train.compiling import JitLevel, compile_blocks
 from causalvae.train.heldout import evaluate_held_out
 from causalvae.train.loop import Training, record, repeat_step, report_held_out, train_until_done
 from causalvae.train.networks import Built, build_state
@@ -191,12 +191,18 @@ def _train(
             facts=facts,
         )
         log.say(f"{settings.exp_name}: {len(source)} videos, {_size_of(state.vae)}, from step {state.step}")
-        if facts["jit_level"] != "O0":
-            for warning in compile_blocks(state.vae, settings.jit_level):
-                facts["jit_level"] = "O0"
-                log.warn(warning)
+        for warning in _compile(settings, built, level=facts["jit_level"]):
+            facts["jit_level"] = "O0"
+            log.warn(warning)
         log.start(state.step)
         train_until_done(training, asked.stop)
+
+
+def _compile(settings: TrainSettings, built: Built, *, level: JitLevel) -> list[str]:
+    """Have blocks compiled; warnings where that can't be."""
+    if level != "O0" and built.plan.recompute:
+        return [f"--jit_level {settings.jit_level} has no effect: blocks that are recomputed run eager"]
+    return compile_blocks(built.state.vae, level)
 
 
 def _repeat(asked: _Asked, run: RunDir, log: RunLog, *, built: Built, folder: Path) -> None:
