@@ -302,3 +302,29 @@ def test_a_compiled_block_gives_the_gradients_of_the_eager_one() -> None:
     for name, gradient in gradients(compiled, x, y).items():
         scale = max(1.0, float(expected[name].abs().max()))
         assert float((gradient - expected[name]).abs().max()) < 1e-5 * scale, name
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_lone_frame_trains_whatever_its_layout_in_memory(norm: NormKind) -> None:
+    module = filled(block(norm, flat=norm == "frame"))
+    x = rng.normal((1, 32, 1, 16, 16), 3).double()
+    grads = []
+    for frames in (x, x.contiguous(memory_format=torch.channels_last_3d), x.expand(2, -1, -1, -1, -1)[:1]):
+        module.zero_grad()
+        module(frames.requires_grad_(False)).square().sum().backward()
+        grads.append([p.grad.clone() for p in module.parameters() if p.grad is not None])
+    lone = rng.normal((1, 9, 16, 16, 32), 4).double().movedim(-1, 1)[:, :, :1]  # strides of the longer clip
+    for each in grads[1:]:
+        torch.testing.assert_close(each, grads[0], rtol=0, atol=1e-10)
+    module(lone).square().sum().backward()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_pictures_train(norm: NormKind) -> None:
+    config = dataclasses.replace(SMALL["conv"], norm=norm)
+    vae = build(config)
+    lay_out(vae)
+    x = rng.normal((1, 3, 1, 32, 32), 5).contiguous(memory_format=torch.channels_last_3d)
+    recon, posterior = vae(x, None)
+    (recon.square().mean() + posterior.kl().mean()).backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in vae.parameters())
