@@ -39,7 +39,7 @@ from causalvae.train.step import train_step
 
 GIB = 2**30
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "memory.py"
-QUICK = ["conv-32 | 2d | 1 x 1 x 128 x 128", "tiny | 3d | 1 x 1 x 32 x 32", "small | 2d | 3 x 5 x 64"]
+QUICK = ["tiny | 3d | 1 x 1 x 32 x 32", "tiny | none | 2 x 17 x 128 x 128"]
 SEED_SHAPE = (4, 3, 17, 256, 256)
 
 
