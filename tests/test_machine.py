@@ -1,6 +1,7 @@
 """What the machine tells, against what the system says of it."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ from causalvae.machine import (
     ASSUME_BF16,
     BF16_FLAGS,
     Machine,
+    available_bytes,
     capability,
     environment,
     free_disk_bytes,
+    free_memory_bytes,
     home,
     pick_device,
     torch_facts,
@@ -79,3 +82,33 @@ def test_bf16_on_a_cpu_takes_the_flags_of_the_cpu_or_the_word_of_an_expert() -> 
 def test_things_are_kept_where_the_environment_says(tmp_path: Path) -> None:
     assert home({"CAUSALVAE_HOME": str(tmp_path)}) == tmp_path
     assert home({"CAUSALVAE_HOME": ""}) == Path.home() / ".cache" / "causalvae"
+
+
+def test_free_memory_is_part_of_what_the_machine_has() -> None:
+    free, whole = free_memory_bytes(), Machine.look().memory_bytes
+    assert free is not None
+    assert whole is not None
+    assert 0 < free < whole
+    share = available_bytes("cpu")
+    assert share is not None
+    assert 0 < share < whole
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_memory_that_is_freed_can_be_handed_back_at_once() -> None:
+    code = """
+import sys, torch
+from pathlib import Path
+from causalvae.machine import hand_back_memory
+if sys.argv[1] == "hand back":
+    assert hand_back_memory()
+for mib in (30, 4):
+    held = [torch.ones(mib * 2**18) for _ in range(100 // mib)]
+    del held[:-1]
+print(int(Path("/proc/self/statm").read_text().split()[1]) * 4096)
+"""
+    sizes = [
+        int(subprocess.run([sys.executable, "-c", code, how], check=True, capture_output=True).stdout)
+        for how in ("hand back", "keep")
+    ]
+    assert sizes[0] < sizes[1] - 50 * 2**20

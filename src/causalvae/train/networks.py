@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from causalvae import rng
 from causalvae.config import TrainSettings, warmup_steps
 from causalvae.losses import LossPlan, build_critic
-from causalvae.machine import Machine, available_bytes, home
+from causalvae.machine import Machine, available_bytes, hand_back_memory, home
 from causalvae.models.build import build
 from causalvae.models.causalvae import CausalVAE, set_recompute
 from causalvae.models.presets import PRESETS, CausalVAEConfig
@@ -22,6 +23,7 @@ from causalvae.train.optim import build_optimizer
 from causalvae.train.parts import clip_plan
 from causalvae.train.plan import StepPlan, plan_step
 from causalvae.train.precision import Precision, first_loss_scale, lower
+from causalvae.train.predict import blueprint
 from causalvae.train.stability import LevelOff
 from causalvae.train.state import TrainState
 from causalvae.weights.read import Origin, find_weights, read_header, read_model
@@ -54,10 +56,12 @@ def build_state(
     vae, origin = _autoencoder(settings, start=start)
     vae, critic = vae.to(device), _critic(settings, device)
     lay_out(vae)
-    plan = _step_plan(settings, vae, critic, loss=loss, device=device)
+    names = _learning(vae, settings.train_parts)
+    plan = _step_plan(settings, vae, critic, precision=precision, loss=loss)
+    if plan.tight:
+        hand_back_memory()
     set_recompute(vae, on=plan.recompute)
     ema = {name: p.detach().clone() for name, p in vae.named_parameters()} if settings.use_ema else {}
-    names = _learning(vae, settings.train_parts)
     checked = _check_convolutions(settings, vae, critic, precision=precision, parts=plan.parts)
     state = _trained(settings, vae, critic, ema=ema, names=names, precision=precision, keep=checked.keep)
     if settings.mode != 2:
@@ -139,11 +143,14 @@ def _batch_shapes(settings: TrainSettings) -> list[tuple[int, ...]]:
 
 
 def _step_plan(
-    settings: TrainSettings, vae: CausalVAE, critic: nn.Module | None, *, loss: LossPlan, device: torch.device
+    settings: TrainSettings, vae: CausalVAE, critic: nn.Module | None, *, precision: Precision, loss: LossPlan
 ) -> StepPlan:
+    """Parts and recomputation. Convolutions that a check will keep in fp32 are planned in fewer bits."""
+    if settings.mode == 2:
+        return StepPlan(settings.gradient_accumulation_steps)
+    device = vae.last_layer.get_parameter("weight").device
     return plan_step(
-        vae,
-        critic,
+        blueprint(vae, critic, ema=settings.use_ema, lowered=partial(lower, precision=precision)),
         shapes=_batch_shapes(settings),
         parts=settings.gradient_accumulation_steps,
         memory=settings.memory,

@@ -1,20 +1,31 @@
-"""How a step is made to fit into memory: blocks recomputed, the batch in parts, and the same result."""
+"""How a step is made to fit into memory: blocks recomputed, the batch in parts, and the same result.
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+Predictions come from `train.predict`; the choice between them is arithmetic that knows no tensors.
+"""
 
-from torch import nn
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from causalvae.errors import ConfigError
 from causalvae.flags import MemoryBudget
 from causalvae.losses import LossPlan
-from causalvae.models.causalvae import CausalVAE
+from causalvae.train.optim import OptimizerKind
 from causalvae.train.predict import step_bytes
+from causalvae.train.state import TrainState
 
-GIB = 2**30
-# More than any model here keeps of a value of the clip, in bytes: what is surely small is not counted.
-CERTAIN_BYTES_PER_VALUE = 40_000
+GIB, MIB = 2**30, 2**20
+TIGHT_SHARE = 0.5  # of its budget, from which on a step may not waste any
+WORTH_IT = 0.98  # of the bytes before: more parts cost time
+PARTS_RUN = 4  # are predicted by running them; beyond, every other part costs the same
+# Three times what the widest preset keeps of a value of the clip, in bytes, and what AdamW holds of a weight
+# with gradient, master and average: a step that fits even so is not counted.
+CERTAIN_BYTES_PER_VALUE = 16_000
 CERTAIN_BYTES_PER_WEIGHT = 40
+
+Policy = Literal["auto", "speed", "lean", "budget"]
 
 
 @dataclass(frozen=True)
@@ -22,90 +33,162 @@ class StepPlan:
     """parts: pieces of a batch. recompute: whether blocks run again in backward.
 
     peak_bytes: predicted for the largest clips, None where it was not needed. budget_bytes: None without one.
+    whole_bytes: what the plan without any saving would take, None where it was not needed.
     """
 
     parts: int
     recompute: bool = False
     peak_bytes: int | None = None
     budget_bytes: int | None = None
+    whole_bytes: int | None = None
 
     @property
     def fits(self) -> bool:
         """Whether the prediction is within the budget, as far as both are known."""
         return self.peak_bytes is None or self.budget_bytes is None or self.peak_bytes <= self.budget_bytes
 
+    @property
+    def tight(self) -> bool:
+        """Whether memory that is freed should be handed back at once (`machine.hand_back_memory`)."""
+        if self.peak_bytes is None or self.budget_bytes is None:
+            return False
+        return self.peak_bytes > TIGHT_SHARE * self.budget_bytes
+
     def sentence(self) -> str:
         """What was planned, for the log; empty where there is nothing to say."""
-        how = [f"the batch goes in {self.parts} parts"] if self.parts > 1 else []
-        how += ["blocks are recomputed"] if self.recompute else []
+        how = ["blocks are recomputed"] if self.recompute else []
+        how += [f"the batch goes in {self.parts} parts"] if self.parts > 1 else []
         if not how:
             return ""
-        has = "" if self.budget_bytes is None else f" of {self.budget_bytes / GIB:.1f}"
-        size = "" if self.peak_bytes is None else f", about {self.peak_bytes / GIB:.1f}{has} GiB"
-        return f"memory: {' and '.join(how)}{size}; the result is that of the whole batch"
+        size = "" if self.peak_bytes is None else f" ({amount(self.peak_bytes)})"
+        needs = "memory: "
+        if self.whole_bytes is not None and self.budget_bytes is not None:
+            needs = (
+                f"memory: a step needs {amount(self.whole_bytes)} and may take {amount(self.budget_bytes)}: "
+            )
+        return f"{needs}{' and '.join(how)}{size}; the result is that of the whole batch"
+
+
+Predict = Callable[[StepPlan], int]
 
 
 def plan_step(
-    vae: CausalVAE,
-    critic: nn.Module | None,
+    state: TrainState,
     *,
     shapes: Sequence[Sequence[int]],
     parts: int,
     memory: MemoryBudget,
     available_bytes: int | None,
     loss: LossPlan,
-    optimizer: str,
+    optimizer: OptimizerKind,
 ) -> StepPlan:
-    """The fastest plan whose prediction fits.
+    """The fastest plan whose prediction fits, with `lean` the smallest. ConfigError if nothing fits.
 
-    shapes: b 3 t h w of every kind of batch. parts: the least number. available_bytes: what `auto` may use,
-    None if unknown. ConfigError where a budget was given and nothing fits into it.
+    state: as `predict.step_bytes` takes it. shapes: b 3 t h w of every kind of batch. parts: the least
+    number. available_bytes: what a step may use where no number is given, None if unknown.
     """
-    if memory.policy in ("speed", "lean"):
-        return StepPlan(parts, recompute=memory.policy == "lean")
     budget = memory.num_bytes if memory.num_bytes is not None else available_bytes
-    if budget is None or (memory.num_bytes is None and _surely_fits(vae, critic, shapes, budget)):
+    if memory.policy in ("auto", "speed") and (budget is None or _surely_fits(state, shapes, budget)):
         return StepPlan(parts, budget_bytes=budget)
-    how = {"optimizer": optimizer, "loss": loss}
-    plan = StepPlan(parts)
-    for each in _candidates(parts, clips=max(shape[0] for shape in shapes)):
-        pieces = [(shape, min(each.parts, shape[0])) for shape in shapes]
-        sizes = [
-            step_bytes(vae, critic, shape=shape, parts=n, recompute=each.recompute, **how).peak
-            for shape, n in pieces
-        ]
-        plan = StepPlan(each.parts, each.recompute, max(sizes), budget)
-        if plan.fits:
-            return plan
-    if memory.num_bytes is not None and plan.peak_bytes is not None:
-        raise ConfigError(
-            f"--memory {memory}: a step needs at least {plan.peak_bytes / GIB:.1f} GiB; lower --resolution "
-            "or --video_num_frames, take a smaller --model, or raise the budget"
-        )
-    return plan
+    clips = max(shape[0] for shape in shapes)
+    predict = predictor(state, shapes=shapes, loss=loss, optimizer=optimizer)
+    return choose(clips, predict=predict, policy=memory.policy, budget_bytes=budget, least_parts=parts)
+
+
+def choose(
+    clips: int, *, predict: Predict, policy: Policy, budget_bytes: int | None, least_parts: int = 1
+) -> StepPlan:
+    """The first plan that fits, from fast to small; with `lean` the smallest. ConfigError if none fits."""
+    plans = candidates(clips, policy=policy, least_parts=least_parts)
+    if policy == "lean":
+        least = min(predict(plan) for plan in plans)
+        found = next(plan for plan in plans if WORTH_IT * predict(plan) <= least)
+    else:
+        fitting = (plan for plan in plans if budget_bytes is None or predict(plan) <= budget_bytes)
+        found = next(fitting, None) or min(plans, key=predict)
+    plan = replace(found, peak_bytes=predict(found), budget_bytes=budget_bytes)
+    if not plan.fits:
+        raise ConfigError(_nothing_fits(plan, policy=policy))
+    return replace(plan, whole_bytes=predict(StepPlan(least_parts)))
 
 
 def smaller(plan: StepPlan, *, clips: int) -> StepPlan | None:
-    """The next plan that needs less memory; None if there is none."""
+    """The next plan that needs less memory, for a device that had too little; None if there is none."""
     if not plan.recompute:
         return StepPlan(plan.parts, recompute=True, budget_bytes=plan.budget_bytes)
-    if plan.parts < clips:
-        return StepPlan(min(2 * plan.parts, clips), recompute=True, budget_bytes=plan.budget_bytes)
-    return None
+    parts = _more_parts(plan.parts, clips=clips)
+    return None if parts is None else StepPlan(parts, recompute=True, budget_bytes=plan.budget_bytes)
 
 
-def _candidates(parts: int, *, clips: int) -> Iterator[StepPlan]:
-    """Plans from the fastest to the smallest."""
-    plan: StepPlan | None = StepPlan(parts)
-    while plan is not None:
-        yield plan
-        plan = smaller(plan, clips=clips)
+def candidates(clips: int, *, policy: Policy, least_parts: int) -> list[StepPlan]:
+    """What a policy allows, from fast to small: recomputing blocks costs less time than parts do."""
+    counts: list[int] = []
+    parts: int | None = least_parts
+    while parts is not None:
+        counts.append(parts)
+        parts = _more_parts(parts, clips=clips)
+    if policy == "speed":
+        return [StepPlan(parts) for parts in counts]
+    plans = [StepPlan(parts, recompute=True) for parts in counts]
+    return plans if policy == "lean" else [StepPlan(least_parts), *plans]
 
 
-def _surely_fits(
-    vae: CausalVAE, critic: nn.Module | None, shapes: Sequence[Sequence[int]], budget: int
-) -> bool:
+def _more_parts(parts: int, *, clips: int) -> int | None:
+    """About twice as many, as many as torch.chunk then makes; None where every clip goes alone."""
+    if parts >= clips:
+        return None
+    each = math.ceil(clips / min(2 * parts, clips))
+    return math.ceil(clips / each)
+
+
+def predictor(
+    state: TrainState, *, shapes: Sequence[Sequence[int]], loss: LossPlan, optimizer: OptimizerKind
+) -> Predict:
+    """Bytes of a step by its plan, for the largest of these batches; each is counted once, in a second."""
+    _, channels, *size = max(shapes, key=math.prod)
+
+    @functools.cache
+    def peak(parts: int, clips: int, *, recompute: bool) -> int:
+        if parts > PARTS_RUN:
+            each = math.ceil(clips / parts)
+            few, more = (
+                peak(count, count * each, recompute=recompute) for count in (PARTS_RUN // 2, PARTS_RUN)
+            )
+            return more + (more - few) * (parts - PARTS_RUN) // (PARTS_RUN - PARTS_RUN // 2)
+        return step_bytes(
+            state,
+            shape=(clips, channels, *size),
+            parts=parts,
+            recompute=recompute,
+            loss=loss,
+            optimizer=optimizer,
+        ).peak
+
+    clips = max(shape[0] for shape in shapes)
+    return lambda plan: peak(min(plan.parts, clips), clips, recompute=plan.recompute)
+
+
+def amount(num_bytes: int) -> str:
+    """A size for people: GiB, or MiB where there is less than one."""
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.0f} MiB"
+
+
+def _nothing_fits(plan: StepPlan, *, policy: Policy) -> str:
+    needs, may = (amount(size or 0) for size in (plan.peak_bytes, plan.budget_bytes))
+    how = "blocks recomputed" if plan.recompute else "nothing recomputed"
+    parts = f" and the batch in {plan.parts} parts" if plan.parts > 1 else ""
+    room = f"--memory gives it {may}" if policy == "budget" else f"{may} of the free memory may be used"
+    other = "use --memory auto, or " if policy == "speed" else ""
+    more = "raise the budget" if policy == "budget" else "give --memory a number to plan with another"
+    return (
+        f"a step needs at least {needs}, with {how}{parts}, and {room}; {other}lower --resolution, "
+        f"--video_num_frames or --batch_size, take a smaller --model, or {more}"
+    )
+
+
+def _surely_fits(state: TrainState, shapes: Sequence[Sequence[int]], budget: int) -> bool:
     """Whether a rough bound is within the budget, so that nothing has to be counted."""
-    weights = sum(p.numel() for network in (vae, critic) if network is not None for p in network.parameters())
-    values = max(b * c * t * h * w for b, c, t, h, w in shapes)
+    networks = [network for network in (state.vae, state.critic) if network is not None]
+    weights = sum(p.numel() for network in networks for p in network.parameters())
+    values = max(math.prod(shape) for shape in shapes)
     return weights * CERTAIN_BYTES_PER_WEIGHT + values * CERTAIN_BYTES_PER_VALUE + GIB <= budget

@@ -7,7 +7,7 @@ backward pass, the critic's turn and split batches are all in the figure, whatev
 
 import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -19,11 +19,18 @@ from torch.utils._pytree import tree_leaves
 
 from causalvae.losses import LossPlan
 from causalvae.models.causalvae import CausalVAE, set_recompute
+from causalvae.train.optim import MasterWeights, OptimizerKind, named
 from causalvae.train.state import TrainState
 from causalvae.train.step import train_step
 
-MOMENTS = {"adamw": 2.0, "adam": 2.0, "adamw8bit": 0.5, "sgd": 1.0, "lion": 1.0}  # fp32 values per weight
-LIBRARIES = 96 * 2**20  # bytes: code that torch loads at the first step, and the allocator's small change
+MOMENTS: dict[OptimizerKind, float] = {
+    "adamw": 2.0,
+    "adam": 2.0,
+    "adamw8bit": 0.5,
+    "sgd": 1.0,
+    "lion": 1.0,
+}  # fp32 values per weight
+LIBRARIES = 120 * 2**20  # bytes: code that torch loads or makes at the first step, measured on a CPU
 
 PLAIN = LossPlan()
 
@@ -42,44 +49,88 @@ class StepBytes:
     peak: int
 
 
-def step_bytes(  # noqa: PLR0913  as many things as memory depends on
-    vae: CausalVAE,
-    critic: nn.Module | None,
+def step_bytes(
+    state: TrainState,
     *,
     shape: Sequence[int],
     parts: int = 1,
-    ema: bool = True,
-    optimizer: str = "adamw",
-    masters: bool = False,
-    loss: LossPlan = PLAIN,
     recompute: bool = False,
+    loss: LossPlan = PLAIN,
+    optimizer: OptimizerKind = "adamw",
 ) -> StepBytes:
-    """Memory of a step of this shape with these networks, as they are: their numbers, layout, recomputation.
+    """Memory of a step on a batch of this shape, with the networks as they are: numbers, layout, masters.
 
-    vae, critic: on any device, the meta device too; they are not touched, and their weights are not copied.
-    shape: b 3 t h w of the whole batch, padded or not. loss: its perceptual term is a module on any device,
-    or a function that takes the meta device. optimizer: as --optim. masters: weights below fp32 have masters
-    in fp32.
+    state: on any device; it is not touched and its weights are not copied. A critic is taken to judge.
+    shape: b 3 t h w of the whole batch. parts, recompute: as the step would be made. loss: its perceptual
+    term is a module on any device, or a function that takes the meta device. optimizer: kind of both.
     """
     with LiveBytes() as live:
-        state = _twin(vae, critic, ema=ema, moments=MOMENTS[optimizer], masters=masters)
-        set_recompute(state.vae, on=recompute)
-        metric = loss.perceptual
-        loss = replace(loss, perceptual=on_meta(metric) if isinstance(metric, nn.Module) else metric)
+        twin = _twin(state, moments=MOMENTS[optimizer])
+        set_recompute(twin.vae, on=recompute)
+        if isinstance(loss.perceptual, nn.Module):
+            loss = replace(loss, perceptual=on_meta(loss.perceptual))
         at_rest = live.bytes
         b, _, t, h, w = shape
-        live.count(torch.empty(tuple(shape), dtype=torch.uint8, device="meta"))  # as the loader gives it
+        pixels = torch.empty(tuple(shape), dtype=torch.uint8, device="meta")  # held while the step is made
         clip = torch.empty(tuple(shape), device="meta").contiguous(memory_format=torch.channels_last_3d)
-        noise = torch.empty((b, *vae.geometry.latent_shape(t, h, w)), device="meta")
-        judge = "hinge" if critic is not None else None
-        train_step(state, clip, noise, loss=loss, critic_loss=judge, parts=parts)
+        noise = torch.empty((b, *twin.vae.geometry.latent_shape(t, h, w)), device="meta")
+        judge = "hinge" if twin.critic is not None else None
+        train_step(twin, clip, noise, loss=loss, critic_loss=judge, parts=parts)
+        del pixels
     return StepBytes(at_rest=at_rest + LIBRARIES, peak=live.peak + LIBRARIES)
+
+
+def blueprint(
+    vae: CausalVAE,
+    critic: nn.Module | None,
+    *,
+    ema: bool = True,
+    lowered: Callable[[nn.Module], MasterWeights | None] | None = None,
+) -> TrainState:
+    """A training on the meta device to predict from, of networks that are on any device and are not touched.
+
+    lowered: makes a network compute in fewer bits and returns its masters, as `precision.lower` does.
+    """
+    vae = on_meta(vae)
+    average = {name: torch.empty_like(p, device="meta") for name, p in vae.named_parameters()} if ema else {}
+    critic = None if critic is None else on_meta(critic)
+    masters = lowered(vae) if lowered is not None else None
+    critic_masters = lowered(critic) if lowered is not None and critic is not None else None
+    judging = critic_masters or critic
+    return TrainState(
+        vae=vae,
+        ema=average,
+        critic=critic,
+        logvar=nn.Parameter(torch.zeros((), device="meta"), requires_grad=False),
+        optimizer=_Moments((masters or vae).named_parameters(), moments=0),
+        critic_optimizer=None if judging is None else _Moments(judging.named_parameters(), moments=0),
+        lecam=torch.zeros(3, device="meta"),
+        masters=masters,
+        critic_masters=critic_masters,
+    )
 
 
 def on_meta(network: Network) -> Network:
     """The same network with weights that have shapes and no memory."""
-    tensors = [*network.parameters(), *network.buffers()]
-    return copy.deepcopy(network, {id(tensor): _meta(tensor) for tensor in tensors})
+    return copy.deepcopy(network, {id(tensor): _meta(tensor) for tensor in _tensors(network)})
+
+
+def _twin(state: TrainState, *, moments: float) -> TrainState:
+    """The same training on the meta device, with moments as after its first update."""
+    networks = [network for network in (state.vae, state.critic) if network is not None]
+    optimizers = [each for each in (state.optimizer, state.critic_optimizer) if each is not None]
+    tensors = [*state.ema.values(), state.logvar, state.lecam]
+    tensors += [tensor for network in networks for tensor in _tensors(network)]
+    tensors += [param for each in optimizers for _, param in named(each)]
+    known: dict[int, Any] = {id(tensor): _meta(tensor) for tensor in tensors}  # Any: what deepcopy has done
+    for each in optimizers:
+        twins = [(name, known[id(param)]) for name, param in named(each)]
+        known[id(each)] = _Moments(twins, moments=moments)
+    return copy.deepcopy(state, known)
+
+
+def _tensors(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]
 
 
 def _meta(tensor: Tensor) -> Tensor:
@@ -90,37 +141,14 @@ def _meta(tensor: Tensor) -> Tensor:
     )
 
 
-def _twin(
-    vae: CausalVAE, critic: nn.Module | None, *, ema: bool, moments: float, masters: bool
-) -> TrainState:
-    """A training of these networks on the meta device, with moments as after its first update."""
-    vae = on_meta(vae)
-    critic = on_meta(critic) if critic is not None else None
-    return TrainState(
-        vae=vae,
-        ema={name: _fp32(p.shape) for name, p in vae.named_parameters()} if ema else {},
-        critic=critic,
-        logvar=nn.Parameter(torch.zeros((), device="meta"), requires_grad=False),
-        optimizer=_Moments(vae, moments, masters=masters),
-        critic_optimizer=_Moments(critic, moments, masters=masters) if critic is not None else None,
-        lecam=torch.zeros(3, device="meta"),
-    )
-
-
-def _fp32(shape: Sequence[int]) -> Tensor:
-    return torch.empty(tuple(shape), device="meta", dtype=torch.float32)
-
-
 class _Moments(Optimizer):
-    """Holds what an optimiser holds, and updates nothing: the fused kernels make no temporaries."""
+    """Holds as much as an optimiser holds, and updates nothing: the fused kernels make no temporaries."""
 
-    def __init__(self, network: nn.Module, moments: float, *, masters: bool) -> None:
-        super().__init__(network.named_parameters(), {})
-        for param in (param for param in network.parameters() if param.requires_grad):
-            values = moments * param.numel()
-            if masters and param.dtype.itemsize < torch.float32.itemsize:
-                values += 2 * param.numel()  # the master and its gradient
-            self.state[param] = {"held": _fp32((int(values),))}
+    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], *, moments: float) -> None:
+        super().__init__(named_parameters, {})
+        for _, param in named(self):
+            values = int(moments * param.numel())
+            self.state[param] = {"held": torch.empty(values, dtype=torch.float32, device="meta")}
 
     def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]: no closure, no loss
         """Nothing to do without numbers."""

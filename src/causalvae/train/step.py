@@ -188,6 +188,8 @@ def _backward(
     scale = state.scale.value if state.scale is not None else 1.0
     values, num_clips, frames = like[0, :, 0].numel(), len(like), like.shape[2]
     pieces = (answered.recon * scale).chunk(len(x))
+    if len(x) > 1:
+        forward.recons.clear()  # their graphs have answered: the last layer's inputs make room for the parts
     if state.logvar.requires_grad:
         state.logvar.grad = (answered.logvar * scale).to(state.logvar.dtype)
     for i in range(len(x)):
