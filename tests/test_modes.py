@@ -8,6 +8,8 @@ import torch
 from runs import ENVIRONMENT, assert_same_state, metrics, tensors, words
 
 from causalvae.cli import main
+from causalvae.files import sha256
+from causalvae.rundir import MANIFEST
 
 WILD = {"max_steps": 3, "start_learning_rate": "1e30", "lr_warmup_steps": 0, "mode": 1}
 
@@ -56,13 +58,28 @@ def test_less_memory_gives_the_same_run(tmp_path: Path) -> None:
     assert_same_state(tmp_path / "speed", tmp_path / "lean", step=3)
 
 
+def test_a_run_goes_on_in_as_many_parts_as_before_whatever_memory_is_free(tmp_path: Path) -> None:
+    assert train(tmp_path, max_steps=1) == 0
+    folder = tmp_path / "run/checkpoints/step-00000001"
+    counters = json.loads((folder / "state.json").read_text())
+    assert counters["parts"] == 1
+    (folder / "state.json").write_text(json.dumps({**counters, "parts": 2}))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    written = (folder / "state.json").stat().st_size, sha256(folder / "state.json")
+    manifest["files"]["state.json"] = dict(zip(("bytes", "sha256"), written, strict=True))
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert train(tmp_path, max_steps=2) == 0
+    after = json.loads((tmp_path / "run/checkpoints/step-00000002/state.json").read_text())
+    assert after["parts"] == 2
+
+
 def test_a_budget_that_nothing_fits_into_is_a_mistake(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(tmp_path, memory="1MiB") == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: --memory 1MiB: a step needs at least ")
-    assert "lower --resolution" in said
+    assert said.startswith("error: a step needs at least ")
+    assert "--memory gives it 1 MiB; lower --resolution" in said
 
 
 @pytest.mark.parametrize(("precision", "level"), [("bf16", "O2")])
@@ -79,8 +96,11 @@ def test_half_precision_goes_on_bitwise_and_says_what_it_is(
         "lr_warmup_steps": 0,
     }
     assert train(tmp_path / "once", **chosen, max_steps=3) == 0
-    for steps in (2, 3):
-        assert train(tmp_path / "twice", **chosen, max_steps=steps) == 0
+    assert train(tmp_path / "twice", **chosen, max_steps=2) == 0
+    cache = tmp_path / "home/convolutions.json"
+    cache.unlink()  # what was found about the kernels is kept with the run
+    assert train(tmp_path / "twice", **chosen, max_steps=3) == 0
+    assert not cache.exists()
     assert_same_state(tmp_path / "once", tmp_path / "twice", step=3)
     facts = json.loads((tmp_path / "once/run/run.json").read_text())
     assert (facts["precision"], facts["amp_level"]) == (precision, level)

@@ -80,11 +80,15 @@ Convolve = Callable[[Tensor, Tensor, Tensor | None, ConvShape], Tensor]
 
 @dataclass(frozen=True)
 class Checked:
-    """keep: names of convolutions that compute in fp32. message: for the log. notes: warnings."""
+    """keep: names of convolutions that compute in fp32. message: for the log. notes: warnings.
+
+    kernels: those that were tried, None where none was.
+    """
 
     keep: frozenset[str]
     message: str
     notes: tuple[str, ...] = ()
+    kernels: str | None = None
 
 
 def convolutions(network: nn.Module) -> dict[str, Conv | FrameConv]:
@@ -106,8 +110,7 @@ def check_convolutions(
     variables: the environment, of which ONEDNN_MAX_CPU_ISA chooses kernels.
     """
     started = time.perf_counter()
-    isa = variables.get("ONEDNN_MAX_CPU_ISA", "default")
-    where = f"torch {torch.__version__}, {cpu}, isa {isa}, {torch.get_num_threads()} threads, {numbers}"
+    where = kernels(numbers, cpu=cpu, variables=variables)
     known, note = _read(cache)
     errors = dict(known.get(where, {}))
     tried = {shape: shape.affordable() for found in shapes.values() for shape in found}
@@ -131,7 +134,14 @@ def check_convolutions(
         keep,
         message + (f", {fewer} of all on a smaller batch or fewer frames" if fewer else ""),
         tuple(notes),
+        kernels=where,
     )
+
+
+def kernels(numbers: torch.dtype, *, cpu: str, variables: Mapping[str, str]) -> str:
+    """What the choice of kernels depends on, in words: the key of the cache."""
+    isa = variables.get("ONEDNN_MAX_CPU_ISA", "default")
+    return f"torch {torch.__version__}, {cpu}, isa {isa}, {torch.get_num_threads()} threads, {numbers}"
 
 
 def error_of(shape: ConvShape, *, numbers: torch.dtype, convolve: Convolve | None = None) -> float:

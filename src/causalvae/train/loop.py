@@ -137,8 +137,9 @@ def _attempt(training: Training, clips: Clips) -> StepResult:
             training.facts["jit_level"] = "O0"
             record(training.run, training.log, training.facts)
         except RuntimeError as error:
+            if state.step != counts[0]:
+                raise _half_done(training, error) from error
             _plan_smaller(training, error, clips=len(clips.pixels))
-        assert state.step == counts[0], "what failed was before the update"
         state.cursor = counts[1]
         for network in (state.vae, state.critic):
             if network is not None:
@@ -177,7 +178,7 @@ def _watched_step(training: Training, clips: Clips) -> StepResult:
 
 def _plan_smaller(training: Training, error: RuntimeError, *, clips: int) -> None:
     """Plan for less memory where there was too little; raises where that is not it, or can't be helped."""
-    if not any(words in str(error) for words in OUT_OF_MEMORY):
+    if not _out_of_memory(error):
         raise error
     plan = smaller(training.step_plan, clips=clips)
     if plan is None:
@@ -187,8 +188,24 @@ def _plan_smaller(training: Training, error: RuntimeError, *, clips: int) -> Non
             status=1,
         ) from error
     training.step_plan = plan
+    training.state.kept |= {"parts": plan.parts, "recompute": plan.recompute}
     set_recompute(training.state.vae, on=plan.recompute)
     training.log.warn(f"there was not enough memory, the step is done again. {plan.sentence()}")
+
+
+def _half_done(training: Training, error: RuntimeError) -> RuntimeError | RunError:
+    """What to raise where the autoencoder was updated and the critic then failed: no step can be repeated."""
+    if not _out_of_memory(error):
+        return error
+    return RunError(
+        f"step {training.state.step}: the critic found too little memory. The last checkpoint is intact: "
+        "give the command again with --memory lean, or with a smaller --batch_size",
+        status=1,
+    )
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def _set_rate(training: Training) -> float:

@@ -2,10 +2,11 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +19,20 @@ from causalvae.models.build import build
 from causalvae.models.causalvae import CausalVAE, set_recompute
 from causalvae.models.presets import PRESETS, CausalVAEConfig
 from causalvae.rundir import MANIFEST, Checkpoint
-from causalvae.train.convolutions import Checked, ConvShape, check_convolutions, shapes_of_run
+from causalvae.train.convolutions import (
+    Checked,
+    ConvShape,
+    check_convolutions,
+    kernels,
+    shapes_of_run,
+)
 from causalvae.train.optim import build_optimizer
 from causalvae.train.parts import clip_plan
 from causalvae.train.plan import StepPlan, plan_step
 from causalvae.train.precision import Precision, first_loss_scale, lower
 from causalvae.train.predict import blueprint
 from causalvae.train.stability import LevelOff
-from causalvae.train.state import TrainState
+from causalvae.train.state import TrainState, read_counters
 from causalvae.weights.read import Origin, find_weights, read_header, read_model
 
 
@@ -57,13 +64,16 @@ def build_state(
     vae, critic = vae.to(device), _critic(settings, device)
     lay_out(vae)
     names = _learning(vae, settings.train_parts)
-    plan = _step_plan(settings, vae, critic, precision=precision, loss=loss)
+    kept = read_counters(start.path) if start is not None else {}
+    plan = _step_plan(settings, vae, critic, precision=precision, loss=loss, kept=kept)
     if plan.tight:
         hand_back_memory()
     set_recompute(vae, on=plan.recompute)
     ema = {name: p.detach().clone() for name, p in vae.named_parameters()} if settings.use_ema else {}
-    checked = _check_convolutions(settings, vae, critic, precision=precision, parts=plan.parts)
+    marks = {"parts": plan.parts, "recompute": plan.recompute, "batches": _batch_shapes(settings)}
+    checked = _check_convolutions(settings, vae, critic, precision=precision, parts=plan.parts, kept=kept)
     state = _trained(settings, vae, critic, ema=ema, names=names, precision=precision, keep=checked.keep)
+    state.kept = {**marks, "kernels": checked.kernels, "in_fp32": sorted(checked.keep)}
     if settings.mode != 2:
         how = {"value": settings.init_loss_scale, "window": settings.loss_scale_window, "given": scaled}
         state.scale = first_loss_scale(precision, **how)
@@ -143,11 +153,24 @@ def _batch_shapes(settings: TrainSettings) -> list[tuple[int, ...]]:
 
 
 def _step_plan(
-    settings: TrainSettings, vae: CausalVAE, critic: nn.Module | None, *, precision: Precision, loss: LossPlan
+    settings: TrainSettings,
+    vae: CausalVAE,
+    critic: nn.Module | None,
+    *,
+    precision: Precision,
+    loss: LossPlan,
+    kept: Mapping[str, Any],  # Any: JSON
 ) -> StepPlan:
-    """Parts and recomputation. Convolutions that a check will keep in fp32 are planned in fewer bits."""
+    """Parts and recomputation. Convolutions that a check will keep in fp32 are planned in fewer bits.
+
+    kept: of the checkpoint. What `auto` found then is taken again, whatever memory is free now, since the
+    number of parts decides how sums are rounded.
+    """
+    least = settings.gradient_accumulation_steps
     if settings.mode == 2:
-        return StepPlan(settings.gradient_accumulation_steps)
+        return StepPlan(least)
+    if settings.memory.policy == "auto" and _as_now(kept, settings) and kept["parts"] >= least:
+        return StepPlan(kept["parts"], recompute=kept["recompute"])
     device = vae.last_layer.get_parameter("weight").device
     return plan_step(
         blueprint(vae, critic, ema=settings.use_ema, lowered=partial(lower, precision=precision)),
@@ -160,13 +183,31 @@ def _step_plan(
     )
 
 
+def _as_now(kept: Mapping[str, Any], settings: TrainSettings) -> bool:
+    """Whether a checkpoint was made with batches of these sizes."""
+    return kept.get("batches") == [list(shape) for shape in _batch_shapes(settings)]
+
+
 def _check_convolutions(
-    settings: TrainSettings, vae: CausalVAE, critic: nn.Module | None, *, precision: Precision, parts: int
+    settings: TrainSettings,
+    vae: CausalVAE,
+    critic: nn.Module | None,
+    *,
+    precision: Precision,
+    parts: int,
+    kept: Mapping[str, Any],  # Any: JSON
 ) -> Checked:
-    """Which convolutions stay in fp32: on a CPU those whose kernels are wrong in fewer bits."""
+    """Which convolutions stay in fp32: on a CPU those whose kernels are wrong in fewer bits.
+
+    kept: of the checkpoint; what was found then holds for the same batches, parts and kernels.
+    """
     on_cpu = vae.last_layer.get_parameter("weight").device.type == "cpu"
     if not on_cpu or precision.level == "O0" or settings.mode == 2:
         return Checked(frozenset(), "")
+    machine = Machine.look()
+    same = kernels(precision.numbers, cpu=machine.cpu, variables=os.environ)
+    if kept.get("kernels") == same and kept["parts"] == parts and _as_now(kept, settings):
+        return Checked(frozenset(kept["in_fp32"]), "", kernels=same)
     shapes: dict[str, frozenset[ConvShape]] = {}
     for clips in _batch_shapes(settings):
         pieces = min(parts, clips[0])
@@ -176,7 +217,7 @@ def _check_convolutions(
         shapes,
         numbers=precision.numbers,
         cache=home(os.environ) / "convolutions.json",
-        cpu=Machine.look().cpu,
+        cpu=machine.cpu,
         variables=os.environ,
     )
 

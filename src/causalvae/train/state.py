@@ -52,6 +52,7 @@ class TrainState:
     of them to the step went_back_to.
     masters: what the optimisers update where networks have weights in fewer bits; checkpoints keep them.
     scale: of the gradients of each network, None for none.
+    kept: how a step computes, which rounding depends on, as `train.networks` keeps it for a run that goes on.
     """
 
     vae: CausalVAE
@@ -72,6 +73,7 @@ class TrainState:
     critic_masters: MasterWeights | None = None
     scale: LossScale | None = None
     critic_scale: LossScale | None = None
+    kept: dict[str, Any] = field(default_factory=dict)  # Any: JSON
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Everything that the generator's optimiser updates: masters where there are any."""
@@ -103,7 +105,7 @@ class TrainState:
         moments |= {"logvar": self.logvar, "lecam": self.lecam}
         _write(folder / "optimizer.safetensors", moments, {})
         counters: dict[str, Any] = {name: getattr(self, name) for name in COUNTERS}  # Any: JSON
-        counters |= {"threads": torch.get_num_threads()}
+        counters |= {"threads": torch.get_num_threads(), **self.kept}
         if self.level_off is not None:
             counters["level_off"] = self.level_off.saved()
         for name, scale in self._scales().items():
@@ -152,7 +154,7 @@ class TrainState:
 
 
 def read_counters(folder: Path) -> dict[str, Any]:  # Any: JSON
-    """step, cursor and thread count of a checkpoint."""
+    """step, cursor, thread count and more of a checkpoint: what `save` wrote of plain numbers."""
     return json.loads((folder / "state.json").read_text())
 
 
