@@ -45,7 +45,7 @@ MEASURED = {
 def words(folder: Path, **changes: object) -> list[str]:
     """The command line of a tiny run that lives in folder/run. None leaves a flag out."""
     chosen = TINY | {"output_dir": str(folder)} | changes
-    flags = [(f"--{name}", str(value)) for name, value in chosen.items() if value is not None]
+    flags = [(f"--{name}", *str(value).split()) for name, value in chosen.items() if value is not None]
     return [sys.executable, str(DOOR), *(word for pair in flags for word in pair)]
 
 
