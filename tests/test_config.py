@@ -351,7 +351,8 @@ def test_a_library_that_is_missing_is_named() -> None:
     ["--max_grad_norm", "2"], ["--use_ema", "False", "--ema_decay", "0.9"], ["--end_learning_rate", "0"],
     ["--disc_type", "none", "--disc_weight", "1"], ["--disc_sync_norm"],
     ["--agc_factor", "1"], ["--eval_video_path", "held"],
-    ["--perceptual", "none", "--perceptual_weight", "2"]
+    ["--perceptual", "none", "--perceptual_weight", "2"],
+    ["--disc_start", "auto", "--max_steps", "1020"]
 ])  # fmt: skip
 def test_a_setting_without_effect_is_told(argv: list[str]) -> None:
     found = notices(*read_settings(TrainSettings, [*VIDEO, *argv]))

@@ -18,7 +18,6 @@ from causalvae.rng import key, normal
 from causalvae.train.networks import lay_out
 from causalvae.train.optim import (
     OptimizerKind,
-    all_finite,
     build_optimizer,
     clip_gradients,
     learning_rate,
@@ -272,5 +271,3 @@ def test_a_norm_that_is_not_finite_is_reported_and_clips_nothing(bad: float) -> 
     assert not math.isfinite(clip_gradients(params, 1.0))
     assert params[1].grad is not None
     assert params[1].grad.item() == 4.0
-    assert not all_finite(grads(params))
-    assert all_finite(grads(params)[1:])

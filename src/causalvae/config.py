@@ -53,6 +53,7 @@ AT_LEAST_0, AT_LEAST_1, ABOVE_0 = {"at_least": 0}, {"at_least": 1}, {"above": 0}
 PART = {"at_least": 0, "below": 1}
 MAX_NAME_BYTES = 200  # of exp_name; file systems stop at 255 and files in the run add to it
 MAX_WARMUP_STEPS, WARMUP_PART = 1000, 50  # warm-up is max_steps / 50, at most 1000
+FIRST_LEVEL = 1000  # steps after the warm-up before `disc_start auto` can end: twice stability.LEVEL_WINDOW
 SQUARE_256, AUTO_MEMORY = Resolution(256, 256), MemoryBudget()
 
 
@@ -151,8 +152,8 @@ class TrainSettings:
     agc_factor: float = setting(0.01, RATE, limits=ABOVE_0,
         help="the largest gradient of a unit, as a part of its weight's norm, with clip_grad_mode agc")
     on_divergence: Literal["stop", "rollback"] = setting("stop", RATE, on_resume="free",
-        help="after 20 steps in a row that were not finite: stop, or go back to the last checkpoint with "
-        "half the learning rate")
+        help="after 20 steps in a row that were not finite: stop, or go back to a checkpoint from before the "
+        "trouble with half the learning rate; more keep_checkpoints give it more of them")
     gradient_accumulation_steps: int = setting(1, RATE, limits=AT_LEAST_1,
         help="batches per update; the update is that of one large batch")
     use_ema: bool = setting(True, RATE,
@@ -345,6 +346,11 @@ NO_EFFECT: tuple[Rule, ...] = (
         "--disc_type is none",
     ),
     ("perceptual_weight", lambda s: s.perceptual == "none", "the run has no perceptual term"),
+    (
+        "disc_start",
+        lambda s: s.disc_start is None and s.max_steps <= warmup_steps(s) + FIRST_LEVEL,
+        f"auto needs {FIRST_LEVEL} steps after the warm-up to see a level, so the critic never starts",
+    ),
 )
 
 

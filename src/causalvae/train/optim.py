@@ -125,11 +125,6 @@ def unit_norms(tensor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tensor, dim=dims, keepdim=tensor.ndim > 1, dtype=dtype)
 
 
-def all_finite(grads: Iterable[Tensor]) -> bool:
-    """Whether no value is infinite or NaN."""
-    return math.isfinite(float(torch.nn.utils.get_total_norm(list(grads), norm_type=math.inf)))
-
-
 @dataclass
 class LossScale:
     """What a loss is multiplied by before its backward pass, so that small gradients survive in few bits.
