@@ -23,8 +23,8 @@ flags  flagtext  config
 files  fetch  rundir  machine
 {TORCH_FROM_HERE}
 rng  video
-models.convolution  models.stream  models.norms  models.fused  models.layers
-models.wavelet  models.base  models.causalvae  models.wfvae
+models.convolution  models.stream  models.norms  models.interpolation  models.fused  models.layers
+models.resampling  models.chains  models.wavelet  models.base  models.causalvae  models.wfvae
 models.start  models.build
 critics.lpips  critics.efficientnet  critics.patchgan  critics.regularisers  critics.i3d
 data.decode  data.shards  data.sources  data.transforms

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from causalvae import rng
 from causalvae.losses import LossPlan, build_critic
 from causalvae.models.build import build
-from causalvae.models.causalvae import CausalVAE, run_in_chains, set_recompute
+from causalvae.models.causalvae import CausalVAE, set_recompute
+from causalvae.models.chains import run_in_chains
 from causalvae.models.convolution import Conv
 from causalvae.models.layers import (
     FrameConv,
