@@ -14,7 +14,7 @@ from causalvae.errors import ConfigError
 from causalvae.losses import LossPlan, build_critic
 from causalvae.machine import Capability
 from causalvae.models.build import Model, build, shapes, skeleton
-from causalvae.models.causalvae import CausalVAE, set_recompute
+from causalvae.models.causalvae import set_recompute
 from causalvae.models.interpolation import doubled, pull_widened, widened
 from causalvae.models.presets import (
     PARAMETERS,
@@ -199,14 +199,14 @@ def test_a_published_model_computes_in_bf16_with_norms_in_fp32(name: str) -> Non
     vae = build(SMALL[name])
     vae.load_state_dict(exact.state_dict())
     lower(vae, Precision.of("bf16", "O2", device="cpu", capability=Capability()))
-    x = fixture_tensors(f"{name}/io")["t5.x"][..., :16, :16]
+    x = fixture_tensors(f"{name}/io")["t1.x"]
     recon, posterior = vae(x, None)
     recon.float().sum().backward()
     assert all(bool(torch.isfinite(p.grad).all()) for p in vae.parameters() if p.grad is not None)
     wanted, _ = exact(x, None)
     assert posterior.mean.dtype == torch.float32
-    # bf16 has 8 bits and the networks some forty convolutions: 0.03 of the size was measured
-    assert (recon.float() - wanted).norm() < 0.1 * wanted.norm()
+    # bf16 has 8 bits and the networks some forty convolutions: 0.015 (wfvae) to 0.084 (v1.0) was measured
+    assert (recon.float() - wanted).norm() < 0.15 * wanted.norm()
 
 
 @pytest.mark.parametrize("name", ["osp-v1.0", "osp-v1.2", "wfvae-8"])
@@ -220,6 +220,7 @@ def test_memory_of_a_step_is_predicted_and_less_with_recomputation(name: str) ->
     assert lean.peak - lean.at_rest < 0.8 * (plain.peak - plain.at_rest)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_seeded_weights_are_a_function_of_the_seed_and_keep_the_size_of_a_clip(name: str) -> None:
     vae, again, other = (build(SMALL[name], seed=seed) for seed in (3, 3, 4))
@@ -279,12 +280,9 @@ def test_a_config_of_no_network_is_refused(kind: str, values: dict[str, object],
 @torch.no_grad()
 def test_latents_can_have_other_channels_than_the_encoder_and_no_quant_layers() -> None:
     x = fixture_tensors("wfvae/io")["t5.x"]
-    for config in (
-        dataclasses.replace(SMALL["osp_v1.2"], embed_dim=6),
-        dataclasses.replace(SMALL["osp_v1.2"], quant=False),
-    ):
+    plain = CausalVAEConfig(norm="clip", temporal="joint", **FEW)
+    for config in (dataclasses.replace(plain, embed_dim=6), dataclasses.replace(plain, quant=False)):
         vae = build(config)
-        assert isinstance(vae, CausalVAE)
         recon, posterior = vae(x, None)
         assert posterior.mean.shape[1] == vae.geometry.channels == (config.embed_dim or 4)
         assert recon.shape == x.shape

@@ -46,10 +46,14 @@ class Posterior:
 class VideoVAE(Protocol):
     """An nn.Module with these."""
 
-    config: ModelConfig
     geometry: Geometry
     streamable: bool
     why_not_streamable: str
+
+    @property
+    def config(self) -> ModelConfig:
+        """What the network is made of."""
+        ...
 
     @property
     def last_layer(self) -> nn.Module:
