@@ -13,7 +13,7 @@ from test_published import SMALL, published
 from torch import Tensor
 
 from causalvae import rng
-from causalvae.models.build import build
+from causalvae.models.build import Model, build
 from causalvae.models.presets import CausalVAEConfig, ModelConfig, WFVAEConfig
 from causalvae.models.stream import DecodeStream, EncodeStream, Stream
 from causalvae.models.wavelet import BANDS_2D, BANDS_3D, SIZE_2D, SIZE_3D, Haar, InverseHaar
@@ -111,7 +111,7 @@ def test_a_clip_comes_back_from_its_bands_times_the_published_gain(*, frames: bo
 
 
 def streamed(
-    vae: WFVAE, x: Tensor, z: Tensor, *, plans: tuple[list[int], list[int]]
+    vae: Model, x: Tensor, z: Tensor, *, plans: tuple[list[int], list[int]]
 ) -> tuple[Tensor, Tensor]:
     """Mean and reconstruction, chunk by chunk."""
     up, down = EncodeStream(vae), DecodeStream(vae)
@@ -122,8 +122,8 @@ def streamed(
 
 
 @cache
-def chunked(name: str) -> WFVAE:
-    return trained(CHUNKED[name])  # pyright: ignore[reportArgumentType, reportReturnType]
+def chunked(name: str) -> Model:
+    return trained(CHUNKED[name])
 
 
 plans = st.lists(st.integers(1, 7), min_size=1, max_size=5)
@@ -160,7 +160,7 @@ def test_streaming_in_fp32_is_the_full_pass_up_to_rounding() -> None:
 
 @torch.no_grad()
 def test_no_later_frame_changes_an_earlier_latent() -> None:
-    vae, x = trained(TINY), clip(frames=13)  # pyright: ignore[reportArgumentType]
+    vae, x = trained(TINY), clip(frames=13)
     before = vae.encode(x).mean
     for changed in (1, 4, 5, 12):
         y = x.clone()

@@ -221,6 +221,7 @@ SWIFT = CausalVAEConfig(
     stem=2,
     attention=False,
 )
+TINY = replace(SWIFT, hidden_size=32, num_res_blocks=1)
 V1_0 = CausalVAEConfig(
     norm="clip",
     temporal="pool",
@@ -231,20 +232,19 @@ V1_0 = CausalVAEConfig(
     flat_downsample=False,
     mixing_attention=True,
 )
-WIDE = WFVAEConfig(base_channels=192, z_channels=16)
 
 PRESETS: dict[str, ModelConfig] = {
     "causalvae-488": CausalVAEConfig(),
     "causalvae-488-16ch": CausalVAEConfig(z_channels=16),
     "swift-488": SWIFT,
     "small": replace(SWIFT, hidden_size=48, num_res_blocks=2),
-    "tiny": replace(SWIFT, hidden_size=32, num_res_blocks=1),
+    "tiny": TINY,
     "osp-v1.0": V1_0,  # the levels of its released weights; those of its class are (1, 2)
     "osp-v1.1": CausalVAEConfig(norm="clip"),
     "osp-v1.2": CausalVAEConfig(norm="clip", temporal="joint"),
     "wfvae-4": WFVAEConfig(z_channels=4),
     "wfvae-8": WFVAEConfig(),
-    "wfvae-16": WIDE,
+    "wfvae-16": WFVAEConfig(base_channels=192, z_channels=16),
 }
 
 # Trainable values of each; counting them takes torch.
