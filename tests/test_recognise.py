@@ -165,6 +165,8 @@ def test_other_tensors_are_refused_with_the_nearest_model_and_what_differs() -> 
         recognise(names | {"decoder.extra": (3,)})
     with pytest.raises(WeightsError, match=r"1 of another shape: decoder\.conv_out\.conv\.bias is 4, not 3"):
         recognise(names | {"decoder.conv_out.conv.bias": (4,)})
+    with pytest.raises(WeightsError, match=r"The nearest is tiny, .* 76 names; the names are its own"):
+        recognise(shapes(PRESETS["tiny"]))
     prefixed = {name.replace("encoder.conv_in", "encoder.first"): shape for name, shape in names.items()}
     with pytest.raises(WeightsError, match=r"The nearest is osp-v1\.2"):
         recognise(prefixed)

@@ -20,7 +20,8 @@ from causalvae.weights.published import (
 )
 
 Shapes = Mapping[str, tuple[int, ...]]
-WAVELET = "encoder.wavelet_transform_in.h_conv.conv.weight"
+WAVELET = "encoder.wavelet_transform_in.h_conv.conv.weight"  # all of WF-VAE have it
+BLOCK = "encoder.down.0.block.0.norm1.bias"  # all of the others
 FAMILIES = {"pool": "osp-v1.0", "mix": "osp-v1.1", "joint": "osp-v1.2"}  # by how time is halved
 MANY_DIGITS = 4  # of a level or a block; no model has a thousand
 SHOWN = 3  # differences of each kind in a message
@@ -66,6 +67,8 @@ def recognise(shapes: Shapes, config: Mapping[str, Any] | None = None) -> Recogn
     image = _image_family(shapes)
     if image is not None:
         return Recognised(image, None)
+    if WAVELET not in shapes and BLOCK not in shapes:
+        raise WeightsError(_unknown(shapes))
     _refuse_by_name(shapes)
     given = config or {}
     refuse_unknown_blocks(given)
@@ -238,7 +241,7 @@ def _size(shape: tuple[int, ...]) -> str:
 def _unknown(found: Shapes) -> str:
     """What to say of tensors that no family is recognised in: the model with most of the names."""
     models = {name: shapes_of(config) for name, config in PRESETS.items()}
-    nearest = max(models, key=lambda name: len(models[name].keys() & found.keys()))
+    nearest = max(models, key=lambda name: _likeness(models[name], found))
     shared = len(models[nearest].keys() & found.keys())
     if shared == 0:
         first = ", ".join(list(found)[:SHOWN]) or "there are none"
@@ -248,6 +251,13 @@ def _unknown(found: Shapes) -> str:
         f"not the weights of a model that is known here. The nearest is {nearest}, with {shared} of its "
         f"{len(models[nearest])} names; {text or 'the names are its own, but its config is not in the file'}"
     )
+
+
+def _likeness(wanted: Shapes, found: Shapes) -> tuple[float, int]:
+    """The share of all names that both have, and for how many of those shapes are equal too."""
+    shared = wanted.keys() & found.keys()
+    same = sum(tuple(wanted[name]) == tuple(found[name]) for name in shared)
+    return len(shared) / len(wanted.keys() | found.keys()), same
 
 
 def split_discriminator(tensors: Mapping[str, Any]) -> Split:  # Any: tensors, or shapes
