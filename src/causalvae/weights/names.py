@@ -23,7 +23,6 @@ Shapes = Mapping[str, tuple[int, ...]]
 WAVELET = "encoder.wavelet_transform_in.h_conv.conv.weight"  # all of WF-VAE have it
 BLOCK = "encoder.down.0.block.0.norm1.bias"  # all of the others
 FAMILIES = {"pool": "osp-v1.0", "mix": "osp-v1.1", "joint": "osp-v1.2"}  # by how time is halved
-MANY_DIGITS = 4  # of a level or a block; no model has a thousand
 SHOWN = 3  # differences of each kind in a message
 TIME_RESAMPLER = re.compile(r"(encoder\.down|decoder\.up)\.\d+\.time_(down|up)sample\.")
 LOSS = ("discriminator.", "perceptual_loss.", "logvar")  # what training files hold besides the model
@@ -111,14 +110,14 @@ def _refuse_by_name(shapes: Shapes) -> None:
 
 
 def _read_wfvae(shapes: Shapes) -> WFVAEConfig:
-    last = max(_numbers(shapes, r"decoder\.connect_l1\.(\d+)\.weight"))
+    last = max(_numbers(shapes, r"decoder\.connect_l1\.(\d{1,3})\.weight"))
     return WFVAEConfig(
         base_channels=shapes["encoder.down1.0.weight"][0],
         z_channels=shapes["encoder.conv_out.conv.weight"][0] // 2,
         encoder_energy=shapes["encoder.connect_l1.weight"][0],
         decoder_energy=shapes[f"decoder.connect_l1.{last}.weight"][1],
-        encoder_res_blocks=len(_numbers(shapes, r"encoder\.down1\.(\d+)\.conv1\.weight")),
-        decoder_res_blocks=len(_numbers(shapes, r"decoder\.up2\.(\d+)\.conv1\.conv\.weight")) - 1,
+        encoder_res_blocks=len(_numbers(shapes, r"encoder\.down1\.(\d{1,3})\.conv1\.weight")),
+        decoder_res_blocks=len(_numbers(shapes, r"decoder\.up2\.(\d{1,3})\.conv1\.conv\.weight")) - 1,
         connect_res_blocks=last,
         attention="encoder.mid.1.q.conv.weight" in shapes,
     )
@@ -128,7 +127,7 @@ def _read_causal(shapes: Shapes, given: Mapping[str, Any]) -> CausalVAEConfig:  
     """What names and shapes show, and the config.json where they can't."""
     flat_in = "encoder.conv_in.weight" in shapes
     hidden = shapes["encoder.conv_in.weight" if flat_in else "encoder.conv_in.conv.weight"][0]
-    levels = range(len(_numbers(shapes, r"encoder\.down\.(\d+)\.block\.0\.")))
+    levels = range(len(_numbers(shapes, r"encoder\.down\.(\d{1,3})\.block\.0\.")))
     flat = [f"encoder.down.{i}.block.0.conv1.weight" in shapes for i in levels]
     widths = [shapes[f"encoder.down.{i}.block.0.conv1{'' if flat[i] else '.conv'}.weight"][0] for i in levels]
     quant = "post_quant_conv.conv.weight" in shapes
@@ -137,12 +136,12 @@ def _read_causal(shapes: Shapes, given: Mapping[str, Any]) -> CausalVAEConfig:  
     found = CausalVAEConfig(
         hidden_size=hidden,
         hidden_size_mult=tuple(width // hidden for width in widths),
-        num_res_blocks=len(_numbers(shapes, r"encoder\.down\.0\.block\.(\d+)\.")),
+        num_res_blocks=len(_numbers(shapes, r"encoder\.down\.0\.block\.(\d{1,3})\.")),
         z_channels=z,
         embed_dim=None if latent == z else latent,
         norm="clip",
         quant=quant,
-        spatial_levels=_numbers(shapes, r"encoder\.down\.(\d+)\.downsample\."),
+        spatial_levels=_numbers(shapes, r"encoder\.down\.(\d{1,3})\.downsample\."),
         flat_conv_in=flat_in,
         flat_levels=sum(flat),
         flat_downsample=any(re.search(r"\.downsample\.conv\.weight$", name) for name in shapes),
@@ -152,18 +151,18 @@ def _read_causal(shapes: Shapes, given: Mapping[str, Any]) -> CausalVAEConfig:  
 
 def _with_time(found: CausalVAEConfig, shapes: Shapes, given: Mapping[str, Any]) -> CausalVAEConfig:
     """The config with what shapes, config.json (Any: JSON) or the published models say of time."""
-    joint = _joint_levels(shapes, r"encoder\.down\.(\d+)\.downsample\.conv\.conv\.weight$")
-    mixed = _numbers(shapes, r"encoder\.down\.(\d+)\.time_downsample\.mix_factor$")
+    joint = _joint_levels(shapes, r"encoder\.down\.(\d{1,3})\.downsample\.conv\.conv\.weight$")
+    mixed = _numbers(shapes, r"encoder\.down\.(\d{1,3})\.time_downsample\.mix_factor$")
     named = given.get("encoder_temporal_downsample")
     pools = isinstance(named, list) and "TimeDownsample2x" in named
     downs = named_levels(given, "encoder_temporal_downsample")
     ups = named_levels(given, "decoder_temporal_upsample")
     if joint:
         temporal, downs = "joint", joint
-        ups = _joint_levels(shapes, r"decoder\.up\.(\d+)\.upsample\.conv\.conv\.weight$")
+        ups = _joint_levels(shapes, r"decoder\.up\.(\d{1,3})\.upsample\.conv\.conv\.weight$")
     elif mixed:
         temporal, downs = "mix", mixed
-        ups = _numbers(shapes, r"decoder\.up\.(\d+)\.time_upsample\.mix_factor$")
+        ups = _numbers(shapes, r"decoder\.up\.(\d{1,3})\.time_upsample\.mix_factor$")
     elif found.flat_conv_in and not pools:  # the published initial weights, without entries for time
         temporal, downs = "mix", (1, 2) if downs is None else downs
     else:
@@ -189,7 +188,7 @@ def _joint_levels(shapes: Shapes, pattern: str) -> tuple[int, ...]:
 def _numbers(shapes: Shapes, pattern: str) -> tuple[int, ...]:
     """What the group of the pattern, found at the beginning of names, counts: in order, each once."""
     found = (re.match(pattern, name) for name in shapes)
-    return tuple(sorted({int(match[1]) for match in found if match and len(match[1]) < MANY_DIGITS}))
+    return tuple(sorted({int(match[1]) for match in found if match}))
 
 
 def _refuse_unless_exact(
