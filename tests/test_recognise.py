@@ -152,6 +152,8 @@ def test_relatives_that_are_not_built_here_are_refused_by_name() -> None:
     names = shapes_of("wfvae")
     with pytest.raises(WeightsError, match=r"v1\.5"):
         recognise(names | {"encoder.wavelet_transform_l1.h_conv.conv.weight": (1, 1, 2, 2, 2)})
+    with pytest.raises(WeightsError, match="nearest is wfvae-8"):
+        recognise({name: shape for name, shape in names.items() if "connect_l1" not in name})
     group = {name.replace(".norm.weight", ".weight"): shape for name, shape in names.items()}
     with pytest.raises(WeightsError, match="groupnorm"):
         recognise(group)

@@ -27,13 +27,14 @@ TINY = WFVAEConfig(
     encoder_res_blocks=1,
     decoder_res_blocks=1,
 )
-# What the published layers make with norms that look at one frame: our own models could be these.
+# What the published layers make with norms that look at one position: our own models could be these.
 CHUNKED: dict[str, ModelConfig] = {
     "wfvae": TINY,
     "pool": CausalVAEConfig(
-        hidden_size=32,
+        hidden_size=8,
         hidden_size_mult=(1, 1, 1, 1),
         num_res_blocks=1,
+        norm="channel",
         temporal="pool",
         temporal_levels=(0, 1),
         temporal_ups=(2, 3),

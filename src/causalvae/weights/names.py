@@ -73,7 +73,7 @@ def recognise(shapes: Shapes, config: Mapping[str, Any] | None = None) -> Recogn
     refuse_unknown_blocks(given)
     try:
         found = _read_wfvae(shapes) if WAVELET in shapes else _read_causal(shapes, given)
-    except (KeyError, IndexError, ZeroDivisionError) as error:  # a name or an axis that all models have
+    except (LookupError, ValueError, ZeroDivisionError) as error:  # what all models have isn't there
         raise WeightsError(_unknown(shapes)) from error
     family = FAMILIES[found.temporal] if isinstance(found, CausalVAEConfig) else "wfvae"
     notes, missing = _refuse_unless_exact(shapes, found, family=family)
