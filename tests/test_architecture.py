@@ -23,13 +23,14 @@ flags  flagtext  config
 files  fetch  rundir  machine
 {TORCH_FROM_HERE}
 rng  video
-models.convolution  models.stream  models.norms  models.fused  models.layers
-models.wavelet  models.base  models.causalvae  models.wfvae
+models.convolution  models.stream  models.norms  models.interpolation  models.fused  models.layers
+models.resampling  models.chains  models.wavelet  models.base  models.causalvae  models.wfvae
 models.start  models.build
 critics.lpips  critics.efficientnet  critics.patchgan  critics.regularisers  critics.i3d
 data.decode  data.shards  data.sources  data.transforms
 data.clips  data.workers  data.loader  data.encode  data.scan
-weights.names  weights.pytorch  weights.mindspore  weights.diffusers  weights.read  weights.inflate
+weights.published  weights.names
+weights.pytorch  weights.mindspore  weights.diffusers  weights.read  weights.inflate
 losses  metrics  perceptual
 infer
 evaluate  export

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from causalvae import rng
 from causalvae.losses import LossPlan, build_critic
 from causalvae.models.build import build
-from causalvae.models.causalvae import CausalVAE, run_in_chains, set_recompute
+from causalvae.models.causalvae import CausalVAE, set_recompute
+from causalvae.models.chains import run_in_chains
 from causalvae.models.convolution import Conv
 from causalvae.models.layers import (
     FrameConv,
@@ -24,7 +25,7 @@ from causalvae.models.layers import (
     TimeUpsample,
 )
 from causalvae.models.norms import NormKind
-from causalvae.models.presets import PRESETS, CausalVAEConfig
+from causalvae.models.presets import TINY, CausalVAEConfig, Norm
 from causalvae.models.stream import Stream
 from causalvae.train.networks import lay_out
 from causalvae.train.optim import build_optimizer
@@ -34,9 +35,9 @@ from causalvae.train.step import train_step
 PUBLISHED = 15_100  # bytes of activations per input value that the published code keeps, fp32
 SMALL = {
     "conv": CausalVAEConfig(hidden_size=32, hidden_size_mult=(1, 2, 1, 1), num_res_blocks=1),
-    "shuffle": dataclasses.replace(PRESETS["tiny"], hidden_size=16, hidden_size_mult=(1, 1, 2)),
+    "shuffle": dataclasses.replace(TINY, hidden_size=16, hidden_size_mult=(1, 1, 2)),
 }
-NORMS: tuple[NormKind, ...] = ("channel", "frame", "clip")
+NORMS: tuple[NormKind, ...] = ("channel", "layer", "frame", "clip")
 RESAMPLERS = {
     "frame_down": FrameDownsample,
     "space_up": SpatialUpsample,
@@ -280,10 +281,10 @@ def kept_bytes(vae: CausalVAE, run: Callable[[], object]) -> int:
     return total
 
 
-@pytest.mark.parametrize("norm", NORMS)
-def test_the_published_layout_keeps_a_small_share_of_the_published_bytes(norm: NormKind) -> None:
+@pytest.mark.parametrize("norm", ["channel", "frame", "clip"])
+def test_the_published_layout_keeps_a_small_share_of_the_published_bytes(norm: Norm) -> None:
     with torch.device("meta"):
-        vae = CausalVAE(dataclasses.replace(PRESETS["causalvae-488"], norm=norm))
+        vae = CausalVAE(CausalVAEConfig(norm=norm))
         x = torch.empty(1, 3, 17, 256, 256).contiguous(memory_format=torch.channels_last_3d)
         noise = torch.empty(1, *vae.geometry.latent_shape(17, 256, 256))
         for recompute, share in ((False, 0.27), (True, 0.10)):

@@ -15,7 +15,7 @@ from causalvae.errors import ConfigError
 from causalvae.losses import LossPlan, build_critic
 from causalvae.machine import Capability
 from causalvae.models.build import build
-from causalvae.models.presets import PRESETS, CausalVAEConfig
+from causalvae.models.presets import TINY, CausalVAEConfig
 from causalvae.train.convolutions import convolutions
 from causalvae.train.networks import lay_out
 from causalvae.train.optim import LossScale, build_optimizer, optimizer_tensors
@@ -23,7 +23,7 @@ from causalvae.train.precision import Level, Precision, PrecisionName, first_los
 from causalvae.train.state import TrainState
 from causalvae.train.step import StepResult, train_step
 
-SMALL = replace(PRESETS["tiny"], hidden_size=16, hidden_size_mult=(1, 1, 2))
+SMALL = replace(TINY, hidden_size=16, hidden_size_mult=(1, 1, 2))
 CONV = CausalVAEConfig(hidden_size=32, hidden_size_mult=(1, 1, 1, 1), num_res_blocks=1)
 FULL, NONE = Capability(), Capability(missing={"bf16": "this CPU has no bf16", "fp16": "nor fp16"})
 LOSS = LossPlan(kl_weight=1e-3)

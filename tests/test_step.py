@@ -14,13 +14,13 @@ from causalvae import rng
 from causalvae.critics.patchgan import CriticNorm
 from causalvae.losses import LossPlan, build_critic, critic_loss, generator_loss, kl_loss
 from causalvae.models.build import build
-from causalvae.models.presets import PRESETS, CausalVAEConfig
+from causalvae.models.presets import TINY, CausalVAEConfig
 from causalvae.train.optim import build_optimizer, clip_gradients
 from causalvae.train.state import TrainState, ema_decay_at
 from causalvae.train.step import train_step
 from causalvae.video import crop_frames, pad_frames
 
-SHUFFLE = dataclasses.replace(PRESETS["tiny"], hidden_size=16, hidden_size_mult=(1, 1, 2))
+SHUFFLE = dataclasses.replace(TINY, hidden_size=16, hidden_size_mult=(1, 1, 2))
 CONV = CausalVAEConfig(hidden_size=32, hidden_size_mult=(1, 1, 1, 1), num_res_blocks=1)
 CLIPPING = partial(clip_gradients, max_norm=1.0)
 LOSS = LossPlan(kl_weight=1e-3)

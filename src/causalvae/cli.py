@@ -17,7 +17,7 @@ from causalvae import __version__
 from causalvae.config import DemoSettings, NoSettings, TrainSettings, help_text, read_settings
 from causalvae.errors import CausalVAEError, ConfigError, exit_status
 from causalvae.flags import closest, printable
-from causalvae.models.presets import PRESETS
+from causalvae.models.presets import PARAMETERS, PRESETS
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -114,12 +114,14 @@ def _demo(argv: Sequence[str]) -> int:
 
 def _models(argv: Sequence[str]) -> int:
     read_settings(NoSettings, argv)
-    rows = [("preset", "t x h x w", "channels", "norm", "resampling", "widths")]
+    rows = [("preset", "parameters", "t x h x w", "channels", "widths", "streams")]
     for name, config in PRESETS.items():
-        geometry = config.geometry
+        geometry, reason = config.geometry, config.why_not_streamable
         factors = f"{geometry.temporal} x {geometry.spatial} x {geometry.spatial}"
         widths = " ".join(str(width) for width in config.widths)
-        rows.append((name, factors, str(geometry.channels), config.norm, config.resampling, widths))
+        streams = f"no: {reason}" if reason else "yes"
+        size = f"{PARAMETERS[name] / 1e6:.1f} M"
+        rows.append((name, size, factors, str(geometry.channels), widths, streams))
     columns = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     padded = ([cell.ljust(columns[i]) for i, cell in enumerate(row)] for row in rows)
     return _show("".join("  ".join(row).rstrip() + "\n" for row in padded))

@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from causalvae.geometry import Geometry
-from causalvae.models.presets import CausalVAEConfig
+from causalvae.models.presets import ModelConfig
 from causalvae.models.stream import Stream
 from causalvae.video import at_least_fp32
 
@@ -46,10 +46,14 @@ class Posterior:
 class VideoVAE(Protocol):
     """An nn.Module with these."""
 
-    config: CausalVAEConfig
     geometry: Geometry
     streamable: bool
     why_not_streamable: str
+
+    @property
+    def config(self) -> ModelConfig:
+        """What the network is made of."""
+        ...
 
     @property
     def last_layer(self) -> nn.Module:

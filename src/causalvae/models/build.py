@@ -1,32 +1,56 @@
 """From a config to a model with seeded weights: the table from config class to model class."""
 
 import math
+from collections.abc import Callable
+from typing import overload
 
 import torch
 from torch import Tensor, nn
 
 from causalvae import rng
 from causalvae.models.causalvae import CausalVAE
-from causalvae.models.layers import MIX_INIT, FrameAttention, ResnetBlock
-from causalvae.models.presets import CausalVAEConfig
+from causalvae.models.layers import MIX_INIT, FrameAttention, LayerNorm, ResnetBlock
+from causalvae.models.presets import CausalVAEConfig, ModelConfig, WFVAEConfig
 from causalvae.models.start import start_linear
+from causalvae.models.wavelet import Haar, InverseHaar
+from causalvae.models.wfvae import WFVAE
 
-MODELS = {CausalVAEConfig: CausalVAE}
+Model = CausalVAE | WFVAE
+
+MODELS: dict[type[ModelConfig], Callable[..., Model]] = {CausalVAEConfig: CausalVAE, WFVAEConfig: WFVAE}
 
 
-def build(config: CausalVAEConfig, *, seed: int = 0) -> CausalVAE:
+@overload
+def build(config: CausalVAEConfig, *, seed: int = 0) -> CausalVAE: ...
+@overload
+def build(config: WFVAEConfig, *, seed: int = 0) -> WFVAE: ...
+@overload
+def build(config: ModelConfig, *, seed: int = 0) -> Model: ...
+def build(config: ModelConfig, *, seed: int = 0) -> Model:
     """A model whose weights are a function of (config, seed), fp32 on the CPU."""
-    with torch.device("meta"):
-        vae = MODELS[type(config)](config)
-    vae.to_empty(device="cpu")
+    vae = skeleton(config).to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in vae.named_parameters():
             _fill(parameter, name, rng.key("weights", seed, name))
+        linear = isinstance(config, CausalVAEConfig) and config.resampling == "shuffle"
         for module in vae.modules():
-            _calm(module, branch=0.1 if config.resampling == "shuffle" else 1.0)
-    if config.resampling == "shuffle":
+            _calm(module, branch=0.1 if linear else 1.0)
+            if isinstance(module, Haar | InverseHaar):
+                module.reset()
+    if isinstance(vae, CausalVAE) and vae.config.resampling == "shuffle":
         start_linear(vae)
     return vae
+
+
+def skeleton(config: ModelConfig) -> Model:
+    """A model on the meta device: names and shapes, and no memory."""
+    with torch.device("meta"):
+        return MODELS[type(config)](config)
+
+
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of a model's tensors by name, as its files have them."""
+    return {name: tuple(tensor.shape) for name, tensor in skeleton(config).state_dict().items()}
 
 
 def _fill(parameter: Tensor, name: str, base: int) -> None:
@@ -49,7 +73,8 @@ def _calm(module: nn.Module, *, branch: float) -> None:
     much at once, so that with 1 the first steps spoil the linear path: a tenth was measured to keep it.
     """
     if isinstance(module, ResnetBlock):
-        module.norm2.weight.fill_(branch)
+        norm = module.norm2.norm if isinstance(module.norm2, LayerNorm) else module.norm2
+        norm.weight.fill_(branch)
         for parameter in module.conv2.parameters():
             parameter.zero_()
     if isinstance(module, FrameAttention):

@@ -1,13 +1,16 @@
 """CausalVAE: the published convolutional family and our presets, in one class.
 
-`conv` resampling has the layers and names of Open-Sora-Plan's v1.1; `shuffle` has space-to-depth and back.
+`conv` resampling has the layers and names of Open-Sora-Plan's v1.0, v1.1 and v1.2; `shuffle` has
+space-to-depth and back.
 """
 
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from causalvae.models.base import Posterior
+from causalvae.models.chains import run_in_order
 from causalvae.models.fused import chain
 from causalvae.models.layers import (
     CausalConv3d,
@@ -28,9 +31,8 @@ from causalvae.models.layers import (
     space_to_depth,
 )
 from causalvae.models.presets import CausalVAEConfig
+from causalvae.models.resampling import CausalDownsample, CausalUpsample, TimePool, TimeStretch
 from causalvae.models.stream import Stream
-
-CLIP_NORM = "its GroupNorm takes statistics over all frames of a clip, so no part of it can be computed alone"
 
 
 class Level(nn.Module):
@@ -48,12 +50,8 @@ class Level(nn.Module):
         for block in self.block:
             x = block(x, stream)
         for name in self.order:
-            module = self.get_submodule(name)
-            x = module(x, stream) if isinstance(module, TIMED) else module(x)
+            x = self.get_submodule(name)(x, stream)
         return x
-
-
-TIMED = (TimeDownsample, TimeUpsample, ShuffleDown, ShuffleUp)
 
 
 class Middle(nn.Module):
@@ -62,14 +60,18 @@ class Middle(nn.Module):
     def __init__(self, channels: int, config: CausalVAEConfig) -> None:
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, norm=config.norm)
-        self.attn_1 = FrameAttention(channels, norm=config.norm) if config.attention else None
+        self.attn_1 = (
+            FrameAttention(channels, norm=config.norm, mixing=config.mixing_attention)
+            if config.attention
+            else None
+        )
         self.block_2 = ResnetBlock(channels, channels, norm=config.norm)
 
     def forward(self, x: Tensor, stream: Stream | None) -> Tensor:
         """b c t h w -> the same shape."""
         x = self.block_1(x, stream)
         if self.attn_1 is not None:
-            x = self.attn_1(x)
+            x = self.attn_1(x, stream)
         return self.block_2(x, stream)
 
 
@@ -81,35 +83,30 @@ class Encoder(nn.Module):
         self.recompute = False
         widths = config.widths
         self.stem = (1, config.stem, config.stem)
-        flat = config.resampling == "conv"
+        published = config.resampling == "conv"
         c_pixels = 3 * config.stem**2
         self.conv_in = (
-            FrameConv(c_pixels, widths[0], kernel=3, padding=1) if flat else CausalConv3d(c_pixels, widths[0])
+            FrameConv(c_pixels, widths[0], kernel=3, padding=1)
+            if published and config.flat_conv_in
+            else CausalConv3d(c_pixels, widths[0])
         )
         self.down = nn.ModuleList()
         c = widths[0]
         for i, width in enumerate(widths):
-            blocks, c = resnet_blocks(
-                c, width, config=config, count=config.num_res_blocks, flat=flat and i < 2
-            )
+            flat = published and i < config.flat_levels
+            blocks, c = resnet_blocks(c, width, config=config, count=config.num_res_blocks, flat=flat)
             resample, c = _downsample(config, i, c)
             self.down.append(Level(blocks, resample))
         self.mid = Middle(c, config)
-        self.norm_out = (
-            Norm(c, config.norm) if flat else None
-        )  # `shuffle` ends without, to keep its path linear
+        # `shuffle` ends without, to keep its path linear.
+        self.norm_out = Norm(c, config.norm) if published else None
         self.conv_out = CausalConv3d(c, 2 * config.z_channels)
 
     def forward(self, x: Tensor, stream: Stream | None) -> Tensor:
         """b 3 t h w -> b 2c k h/8 w/8."""
         h = x if self.stem[1] == 1 else space_to_depth(x, self.stem)
-        if self.recompute and not keeps_nothing(stream):
-            h = run_in_chains([self.conv_in, *_in_order([*self.down, self.mid])], h)
-        else:
-            h = self.conv_in(h, stream)
-            for level in self.down:
-                h = level(h, stream)
-            h = self.mid(h, stream)
+        parts = [self.conv_in, *self.down, self.mid]
+        h = run_in_order(_layers(parts), h, stream=stream, recompute=self.recompute)
         if self.norm_out is None:
             return self.conv_out(h, stream)
         if keeps_nothing(stream):
@@ -144,12 +141,8 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor, stream: Stream | None) -> Tensor:
         """b c k h w -> b 3 t 8h 8w."""
         h = self.conv_in(z, stream)
-        if self.recompute and not keeps_nothing(stream):
-            h = run_in_chains(_in_order([self.mid, *reversed(self.up)]), h)
-        else:
-            h = self.mid(h, stream)
-            for level in reversed(self.up):
-                h = level(h, stream)
+        parts = [self.mid, *reversed(self.up)]
+        h = run_in_order(_layers(parts), h, stream=stream, recompute=self.recompute)
         if self.norm_out is not None:
             h = self.norm_out.activated(h)
         # Not in a chain: the gradient of its weight alone is asked for twice in a step.
@@ -157,48 +150,17 @@ class Decoder(nn.Module):
         return x if self.stem[1] == 1 else depth_to_space(x, self.stem)
 
 
-CHAINED = (
-    CausalConv3d,
-    FrameConv,
-    ResnetBlock,
-    FrameDownsample,
-    SpatialUpsample,
-    TimeDownsample,
-    TimeUpsample,
-)
-CHEAP = (CausalConv3d, FrameConv, SpatialUpsample)  # to run again, for what their output would take
-
-
-def run_in_chains(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """The modules one after the other, of which little more than the input of each chain is kept."""
-    for group in _groups(modules):
-        links = [module.link() for module in group if isinstance(module, CHAINED)]
-        x = chain(x, *links) if links else group[0](x)
-    return x
-
-
-def _in_order(parts: Sequence[nn.Module]) -> list[nn.Module]:
-    """The modules that levels and the middle run, first to last."""
-    modules: list[nn.Module] = []
+def _layers(parts: Sequence[nn.Module]) -> list[nn.Module]:
+    """The layers of levels and middles, and what is a layer itself, first to last."""
+    layers: list[nn.Module] = []
     for part in parts:
         if isinstance(part, Level):
-            modules += [*part.block, *(part.get_submodule(name) for name in part.order)]
+            layers += [*part.block, *(part.get_submodule(name) for name in part.order)]
         elif isinstance(part, Middle):
-            modules += [part.block_1, *([] if part.attn_1 is None else [part.attn_1]), part.block_2]
-    return modules
-
-
-def _groups(modules: Sequence[nn.Module]) -> list[list[nn.Module]]:
-    """Neighbours that make a chain. What is cheap to run again goes with its successor."""
-    groups: list[list[nn.Module]] = []
-    for module in modules:
-        before = groups[-1][-1] if groups else None
-        cheap = isinstance(before, CHEAP) or (isinstance(before, ResnetBlock) and before.flat)
-        if cheap and isinstance(module, CHAINED):
-            groups[-1].append(module)
+            layers += [part.block_1, *([] if part.attn_1 is None else [part.attn_1]), part.block_2]
         else:
-            groups.append([module])
-    return groups
+            layers.append(part)
+    return layers
 
 
 def resnet_blocks(
@@ -218,23 +180,30 @@ def _downsample(config: CausalVAEConfig, level: int, c: int) -> tuple[dict[str, 
             return {}, c
         c_next = config.widths[level + 1]
         return {"downsample": ShuffleDown(c, c_next, temporal=time)}, c_next
-    modules: dict[str, nn.Module] = {"downsample": FrameDownsample(c)} if space else {}
+    if config.temporal == "joint" and time:
+        return {"downsample": CausalDownsample(c, temporal=True)}, c
+    modules: dict[str, nn.Module] = {}
+    if space:
+        flat = config.flat_downsample
+        modules["downsample"] = FrameDownsample(c) if flat else CausalDownsample(c, temporal=False)
     if time:
-        modules["time_downsample"] = TimeDownsample(c)
+        modules["time_downsample"] = TimePool() if config.temporal == "pool" else TimeDownsample(c)
     return modules, c
 
 
 def _upsample(config: CausalVAEConfig, level: int, c: int) -> tuple[dict[str, nn.Module], int]:
-    # What the encoder did after level i - 1, the decoder undoes after its level i.
-    space, time = level - 1 in config.spatial_levels, level - 1 in config.temporal_levels
+    # What the encoder did after level i - 1, the decoder undoes after its level i, but for v1.0's time.
+    space, time = level - 1 in config.spatial_levels, level in config.decoder_temporal_levels
     if config.resampling == "shuffle":
         if not space:
             return {}, c
         c_next = config.widths[level - 1]
         return {"upsample": ShuffleUp(c, c_next, temporal=time)}, c_next
+    if config.temporal == "joint" and time:
+        return {"upsample": CausalUpsample(c)}, c
     modules: dict[str, nn.Module] = {"upsample": SpatialUpsample(c)} if space else {}
     if time:
-        modules["time_upsample"] = TimeUpsample(c)
+        modules["time_upsample"] = TimeStretch() if config.temporal == "pool" else TimeUpsample(c)
     return modules, c
 
 
@@ -245,14 +214,14 @@ class CausalVAE(nn.Module):
         super().__init__()
         self.config = config
         self.geometry = config.geometry
-        self.streamable = config.norm != "clip"
-        self.why_not_streamable = "" if self.streamable else CLIP_NORM
+        self.why_not_streamable = config.why_not_streamable
+        self.streamable = not self.why_not_streamable
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        quant = config.resampling == "conv"
-        c = config.z_channels
-        self.quant_conv = pointwise(2 * c, 2 * c, flat=False) if quant else None
-        self.post_quant_conv = pointwise(c, c, flat=False) if quant else None
+        quant = config.resampling == "conv" and config.quant
+        c, latent = config.z_channels, config.latent_channels
+        self.quant_conv = pointwise(2 * c, 2 * latent, flat=False) if quant else None
+        self.post_quant_conv = pointwise(latent, c, flat=False) if quant else None
 
     @property
     def last_layer(self) -> nn.Module:
@@ -278,10 +247,18 @@ class CausalVAE(nn.Module):
         return self.decode(z), posterior
 
 
-def set_recompute(vae: CausalVAE, *, on: bool) -> None:
+@runtime_checkable
+class Recomputing(Protocol):
+    """A network that can keep less in training: an encoder or a decoder."""
+
+    recompute: bool
+
+
+def set_recompute(vae: nn.Module, *, on: bool) -> None:
     """Keep the input of each block, or of a few layers, in training, and run them again in backward.
 
     The numbers are the same. Blocks run in chains, so that forward hooks and compiled blocks are passed by.
     """
-    vae.encoder.recompute = on
-    vae.decoder.recompute = on
+    for module in vae.children():
+        if isinstance(module, Recomputing):
+            module.recompute = on

@@ -13,6 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from causalvae.models.interpolation import (
+    doubled,
+    downsummed,
+    halved,
+    pull_doubled,
+    pull_widened,
+    upsampled,
+    widened,
+)
 from causalvae.models.norms import NormKind, norm_gradients, normed, normed_again
 from causalvae.video import at_least_fp32
 
@@ -329,53 +338,26 @@ class TimeMixStep(NamedTuple):
         return self.conv.pull_padding(dwindow)
 
 
+class LiftStep(NamedTuple):
+    """Twice the frames after the first, height and width, all by interpolation; then a convolution.
+
+    What is between is eight times the input, and kept nowhere. Weights: those of the convolution.
+    """
+
+    conv: ConvStep
+
+    num_weights = 2
+
+    def run(self, x: Tensor, weights: Weights) -> Tensor:
+        """b c t h w -> b c' t' 2h 2w."""
+        return self.conv.run(widened(doubled(x)), weights)
+
+    def pull(self, x: Tensor, weights: Weights, *, grad: Tensor, needs: Needs) -> Pulled:
+        """Gradients for x, weight and bias."""
+        dlifted, gradients = self.conv.pull(widened(doubled(x)), weights, grad=grad, needs=needs)
+        return None if dlifted is None else pull_doubled(pull_widened(dlifted)), gradients
+
+
 def _inner(a: Tensor | None, b: Tensor) -> Tensor:
     assert a is not None
     return (at_least_fp32(a) * at_least_fp32(b)).sum()
-
-
-def halved(window: Tensor) -> Tensor:
-    """Means of three frames, every second one: b c (1 + 2 t') h w -> b c t' h w."""
-    # Slices and a sum: the backward of 3D pooling is refused in deterministic mode.
-    return (window[:, :, 0:-2:2] + window[:, :, 1:-1:2] + window[:, :, 2::2]) / 3
-
-
-def doubled(x: Tensor) -> Tensor:
-    """Linear between the frames after the first: b c t h w -> b c (1 + 2 (t - 1)) h w."""
-    known = x[:, :, 1:]
-    if known.shape[2] == 0:
-        return x
-    return torch.cat([x[:, :, :1], known[:, :, :1], between(known), known[:, :, -1:]], dim=2)
-
-
-def between(known: Tensor) -> Tensor:
-    """The two frames between every two neighbours: b c n h w -> b c 2(n - 1) h w."""
-    u, v = known[:, :, :-1], known[:, :, 1:]
-    return torch.stack([0.75 * u + 0.25 * v, 0.25 * u + 0.75 * v], dim=3).flatten(2, 3)
-
-
-def pull_doubled(grad: Tensor) -> Tensor:
-    """Gradient for what was doubled."""
-    if grad.shape[2] == 1:
-        return grad
-    near, far = grad[:, :, 2:-1:2], grad[:, :, 3:-1:2]
-    dx = grad[:, :, 1::2].clone()  # every other frame: a tensor with as many frames as `known`
-    dx[:, :, 1:] = 0
-    dx[:, :, -1] += grad[:, :, -1]
-    dx[:, :, :-1] += 0.75 * near + 0.25 * far
-    dx[:, :, 1:] += 0.25 * near + 0.75 * far
-    return torch.cat([grad[:, :, :1], dx], dim=2)
-
-
-def upsampled(x: Tensor) -> Tensor:
-    """Each position four times: b c t h w -> b c t 2h 2w."""
-    b, c, t, h, w = x.shape
-    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last_3d):
-        return x[..., None, :, None].expand(b, c, t, h, 2, w, 2).reshape(b, c, t, 2 * h, 2 * w)
-    positions = x.permute(0, 2, 3, 4, 1)[:, :, :, None, :, None]  # b t h 1 w 1 c
-    return positions.expand(b, t, h, 2, w, 2, c).reshape(b, t, 2 * h, 2 * w, c).movedim(-1, 1)
-
-
-def downsummed(x: Tensor) -> Tensor:
-    """Sums of two by two positions: b c t 2h 2w -> b c t h w."""
-    return (x[..., ::2, ::2] + x[..., ::2, 1::2]) + (x[..., 1::2, ::2] + x[..., 1::2, 1::2])

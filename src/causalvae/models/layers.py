@@ -15,10 +15,9 @@ from causalvae.models.fused import (
     NormConvStep,
     NormStep,
     TimeMixStep,
-    between,
     chain,
-    halved,
 )
+from causalvae.models.interpolation import between, halved
 from causalvae.models.norms import NormKind, normed
 from causalvae.models.stream import Stream, causal_window
 
@@ -28,25 +27,40 @@ Kernel = tuple[int, int, int]
 
 
 class CausalConv3d(nn.Module):
-    """Convolution whose output frame sees its own and earlier frames; frame 0 is repeated in front."""
+    """Convolution whose output frame sees its own and earlier frames; frame 0 is repeated in front.
+
+    corner: zeros at the right and at the bottom, in the place of zeros on all sides.
+    """
 
     def __init__(
-        self, c_in: int, c_out: int, *, kernel: Kernel = (3, 3, 3), stride: Kernel = (1, 1, 1)
+        self,
+        c_in: int,
+        c_out: int,
+        *,
+        kernel: Kernel = (3, 3, 3),
+        stride: Kernel = (1, 1, 1),
+        corner: int = 0,
     ) -> None:
         super().__init__()
-        padding = (0, kernel[1] // 2, kernel[2] // 2)
+        self.corner = corner
+        padding = (0, 0, 0) if corner else (0, kernel[1] // 2, kernel[2] // 2)
         self.conv = Conv(c_in, c_out, kernel=kernel, stride=stride, padding=padding)
 
     def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         """b c t h w -> b c' t' h' w'."""
         kernel, stride = self.conv.kernel[0], self.conv.stride[0]
-        return self.conv(causal_window(self, x, kernel=kernel, stride=stride, stream=stream))
+        window = causal_window(self, x, kernel=kernel, stride=stride, stream=stream)
+        return self.conv(F.pad(window, (0, self.corner, 0, self.corner)) if self.corner else window)
 
     def link(self, *, upsample: bool = False) -> tuple[ConvStep, list[Tensor | None]]:
         """This layer as a step of a chain."""
-        front = self.conv.kernel[0] - 1
         step = ConvStep(
-            self.conv.arithmetic, self.conv.stride, self.conv.padding, front=front, upsample=upsample
+            self.conv.arithmetic,
+            self.conv.stride,
+            self.conv.padding,
+            front=self.conv.kernel[0] - 1,
+            corner=self.corner,
+            upsample=upsample,
         )
         return step, [self.conv.weight, self.conv.bias]
 
@@ -68,17 +82,15 @@ class FrameConv(nn.Module):
         weight, bias = self.weight.unsqueeze(2).to(numbers), self.bias.to(numbers)
         return F.conv3d(x.to(numbers), weight, bias, stride, padding)
 
-    def link(self, *, corner: int = 0) -> tuple[ConvStep, list[Tensor | None]]:
+    def link(self, *, corner: int = 0, upsample: bool = False) -> tuple[ConvStep, list[Tensor | None]]:
         """This layer as a step of a chain."""
         stride, padding = (1, self.stride, self.stride), (0, self.padding, self.padding)
-        return ConvStep(self.arithmetic, stride, padding, corner=corner), [
-            self.weight.unsqueeze(2),
-            self.bias,
-        ]
+        step = ConvStep(self.arithmetic, stride, padding, corner=corner, upsample=upsample)
+        return step, [self.weight.unsqueeze(2), self.bias]
 
 
 class Norm(nn.Module):
-    """GroupNorm over one frame or the whole clip, or RMS over the channels of each position.
+    """GroupNorm over one frame or the whole clip, or RMS or LayerNorm over the channels of each position.
 
     `channel`: x / rms(x) * weight (Zhang and Sennrich, 2019), no statistics across space or time. Computes
     in the numbers of its weight, whatever comes in.
@@ -103,6 +115,31 @@ class Norm(nn.Module):
         return NormStep(self.kind), [self.weight, self.bias]
 
 
+class LayerNorm(nn.Module):
+    """LayerNorm over the channels of each position, with its parameters one level down, as WF-VAE has it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = Norm(channels, "layer")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """b c t h w -> the same shape, in the numbers of the weight."""
+        return self.norm(x)
+
+    def activated(self, x: Tensor) -> Tensor:
+        """SiLU of the norm, of which x is kept."""
+        return self.norm.activated(x)
+
+    def link(self) -> tuple[NormStep, list[Tensor | None]]:
+        """Norm and SiLU as a step of a chain."""
+        return self.norm.link()
+
+
+def norm_of(channels: int, kind: NormKind) -> Norm | LayerNorm:
+    """A norm with the names of parameters that go with its kind."""
+    return LayerNorm(channels) if kind == "layer" else Norm(channels, kind)
+
+
 def conv3x3(c_in: int, c_out: int, *, flat: bool) -> FrameConv | CausalConv3d:
     """A 3x3 convolution of each frame, or its causal 3x3x3 relative."""
     return FrameConv(c_in, c_out, kernel=3, padding=1) if flat else CausalConv3d(c_in, c_out)
@@ -123,9 +160,9 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.flat = flat
         kind = "frame" if flat and norm == "clip" else norm
-        self.norm1 = Norm(c_in, kind)
+        self.norm1 = norm_of(c_in, kind)
         self.conv1 = conv3x3(c_in, c_out, flat=flat)
-        self.norm2 = Norm(c_out, kind)
+        self.norm2 = norm_of(c_out, kind)
         self.conv2 = conv3x3(c_out, c_out, flat=flat)
         self.nin_shortcut = pointwise(c_in, c_out, flat=flat) if c_in != c_out else None
 
@@ -148,7 +185,9 @@ class ResnetBlock(nn.Module):
         return BlockStep(first, second, shortcut), [*weights1, *weights2, *weights3]
 
 
-def norm_conv(norm: Norm, conv: FrameConv | CausalConv3d) -> tuple[NormConvStep, list[Tensor | None]]:
+def norm_conv(
+    norm: Norm | LayerNorm, conv: FrameConv | CausalConv3d
+) -> tuple[NormConvStep, list[Tensor | None]]:
     """Norm, SiLU and convolution as one step of a chain."""
     (first, weights), (second, more) = norm.link(), conv.link()
     return NormConvStep(first, second), [*weights, *more]
@@ -160,27 +199,35 @@ def keeps_nothing(stream: Stream | None) -> bool:
 
 
 class FrameAttention(nn.Module):
-    """Self-attention over the positions of each frame, one head; no attention across frames."""
+    """Self-attention over the positions of each frame, one head; no attention across frames.
 
-    def __init__(self, channels: int, *, norm: NormKind) -> None:
+    mixing: as v1.0 has it, which reads the values of a clip, c t h w, as if they were t c h w. What it takes
+    for a frame are rows of several channels and frames, so that with more than one frame it mixes them.
+    """
+
+    def __init__(self, channels: int, *, norm: NormKind, mixing: bool = False) -> None:
         super().__init__()
-        self.norm = Norm(channels, norm)
+        self.mixing = mixing
+        self.norm = norm_of(channels, norm)
         self.q, self.k, self.v, self.proj_out = (pointwise(channels, channels, flat=False) for _ in range(4))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:  # noqa: ARG002  as every layer
         """b c t h w -> the same shape. The residual is added."""
-        b, _, t, h, _ = x.shape
+        b, c, t, h, w = x.shape
         normed = self.norm(x)
         q, k, v = (self._tokens(layer(normed)) for layer in (self.q, self.k, self.v))
         mixed = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # (b t) (h w) c
-        frames = mixed.unflatten(0, (b, t)).unflatten(2, (h, -1))  # b t h w c
+        if self.mixing:
+            return x + self.proj_out(mixed.transpose(1, 2).reshape(b, c, t, h, w))
+        frames = mixed.unflatten(0, (b, t)).unflatten(2, (h, w))  # b t h w c
         return x + self.proj_out(frames.permute(0, 4, 1, 2, 3))
 
-    @staticmethod
-    def _tokens(x: Tensor) -> Tensor:
-        return (
-            x.permute(0, 2, 3, 4, 1).flatten(0, 1).flatten(1, 2).unsqueeze(1)
-        )  # b c t h w -> (b t) 1 (h w) c
+    def _tokens(self, x: Tensor) -> Tensor:
+        """b c t h w -> (b t) 1 (h w) c."""
+        if self.mixing:
+            b, c, t, h, w = x.shape
+            return x.reshape(b * t, c, h * w).transpose(1, 2).unsqueeze(1)
+        return x.permute(0, 2, 3, 4, 1).flatten(0, 1).flatten(1, 2).unsqueeze(1)
 
 
 class FrameDownsample(nn.Module):
@@ -190,7 +237,7 @@ class FrameDownsample(nn.Module):
         super().__init__()
         self.conv = FrameConv(channels, channels, kernel=3, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:  # noqa: ARG002  as every layer
         """b c t h w -> b c t h/2 w/2."""
         return chain(x, self.link())
 
@@ -206,7 +253,7 @@ class SpatialUpsample(nn.Module):
         super().__init__()
         self.conv = CausalConv3d(channels, channels, kernel=(1, 3, 3))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:  # noqa: ARG002  as every layer
         """b c t h w -> b c t 2h 2w."""
         return chain(x, self.link())
 
@@ -256,7 +303,7 @@ class TimeUpsample(nn.Module):
         """b c t h w -> b c t' h w."""
         if stream is None:
             return chain(x, self.link())
-        y = self._interpolate(x, stream)
+        y = stretched(self, x, stream)
         alpha = torch.sigmoid(self.mix_factor).to(x.dtype)
         return alpha * y + (1 - alpha) * self.conv(y, stream)
 
@@ -265,17 +312,22 @@ class TimeUpsample(nn.Module):
         conv, weights = self.conv.link()
         return TimeMixStep(conv, doubles=True), [self.mix_factor, *weights]
 
-    def _interpolate(self, x: Tensor, stream: Stream) -> Tensor:
-        past = stream.take(self)  # the frame before x, none of them before frame 1
-        head = [x[:, :, :1]] if past is None else []
-        known = x[:, :, 1:] if past is None else torch.cat([past, x], dim=2)
-        stream.keep(self, known[:, :, -1:])
-        if known.shape[2] == 0:
-            return x
-        if past is None or past.shape[2] == 0:
-            head.append(known[:, :, :1])
-        tail = [known[:, :, -1:]] if stream.last else []
-        return torch.cat([*head, between(known), *tail], dim=2)
+
+def stretched(owner: nn.Module, x: Tensor, stream: Stream) -> Tensor:
+    """What `doubled` makes of a clip, chunk by chunk: b c t h w -> b c t' h w, never empty.
+
+    It withholds what lies behind the last frame of a chunk, until the next one or `stream.last`.
+    """
+    past = stream.take(owner)  # the frame before x, none of them before frame 1
+    head = [x[:, :, :1]] if past is None else []
+    known = x[:, :, 1:] if past is None else torch.cat([past, x], dim=2)
+    stream.keep(owner, known[:, :, -1:])
+    if known.shape[2] == 0:
+        return x
+    if past is None or past.shape[2] == 0:
+        head.append(known[:, :, :1])
+    tail = [known[:, :, -1:]] if stream.last else []
+    return torch.cat([*head, between(known), *tail], dim=2)
 
 
 def space_to_depth(x: Tensor, factor: Kernel) -> Tensor:

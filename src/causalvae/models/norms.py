@@ -1,7 +1,8 @@
 """Norms over channels, a frame or a clip, and their gradients by formula.
 
 `channel` is x / rms(x) * weight over the channels of each position (Zhang and Sennrich, 2019), with no
-statistics across space or time. `frame` and `clip` are GroupNorm over one frame and over all frames.
+statistics across space or time; `layer` is LayerNorm over the same. `frame` and `clip` are GroupNorm over one
+frame and over all frames.
 """
 
 from typing import Literal
@@ -15,7 +16,7 @@ from causalvae.video import at_least_fp32
 GROUPS = 32  # of GroupNorm, as published
 NORM_EPS = 1e-6
 
-NormKind = Literal["channel", "frame", "clip"]
+NormKind = Literal["channel", "layer", "frame", "clip"]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -25,6 +26,8 @@ def normed(x: Tensor, weight: Tensor, *, bias: Tensor | None, kind: NormKind) ->
     if kind == "channel":
         positions = x.movedim(1, -1)  # b t h w c
         return F.rms_norm(positions, weight.shape, weight, NORM_EPS).movedim(-1, 1)
+    if kind == "layer":
+        return F.layer_norm(x.movedim(1, -1), weight.shape, weight, bias, NORM_EPS).movedim(-1, 1)
     if kind == "clip":
         return F.group_norm(x, GROUPS, weight, bias, NORM_EPS)
     return of_frames(F.group_norm(frames_of(x), GROUPS, weight, bias, NORM_EPS), frames=x.shape[2])
@@ -36,6 +39,10 @@ def normed_again(
     """What `normed` gave, and for `norm_gradients` mean and 1 / deviation of each group, or nothing."""
     if kind == "channel":
         return normed(x, weight, bias=bias, kind=kind), ()
+    if kind == "layer":
+        positions = x.to(weight.dtype).movedim(1, -1)  # b t h w c
+        y, mean, scale = torch.ops.aten.native_layer_norm(positions, weight.shape, weight, bias, NORM_EPS)
+        return y.movedim(-1, 1), (mean, scale)
     samples = _samples(x.to(weight.dtype), kind)
     n, c, positions = len(samples), samples.shape[1], samples[0, 0].numel()
     y, mean, scale = torch.ops.aten.native_group_norm(
@@ -59,6 +66,8 @@ def norm_gradients(
     """
     if kind == "channel":
         return _rms_gradients(x, grad, weight=weight, needs=needs)
+    if kind == "layer":
+        return _layer_gradients(x, grad, weight=weight, statistics=statistics, needs=needs)
     samples = _samples(x.to(weight.dtype), kind)
     mean, scale = statistics
     n, c, positions = len(samples), samples.shape[1], samples[0, 0].numel()
@@ -89,6 +98,23 @@ def _rms_gradients(x: Tensor, grad: Tensor, *, weight: Tensor, needs: tuple[bool
     if needs[1]:
         dweight = product.mul_(r).sum(dim=0).to(weight.dtype)
     return dx, dweight, None
+
+
+def _layer_gradients(
+    x: Tensor,
+    grad: Tensor,
+    *,
+    weight: Tensor,
+    statistics: tuple[Tensor, ...],
+    needs: tuple[bool, bool, bool],
+) -> Gradients:
+    mean, scale = statistics
+    positions, grads = x.to(weight.dtype).movedim(1, -1), grad.to(weight.dtype).movedim(1, -1)  # b t h w c
+    offset = weight if needs[2] else None  # only that there is one; its values don't matter
+    dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        grads.contiguous(), positions.contiguous(), weight.shape, mean, scale, weight, offset, list(needs)
+    )
+    return dx.movedim(-1, 1).to(x.dtype) if needs[0] else None, dweight, dbias
 
 
 def frames_of(x: Tensor) -> Tensor:
