@@ -76,6 +76,7 @@ class _Content:
     table: Json
     format: str
     metadata: dict[str, str]
+    num_bytes: int
     notes: tuple[str, ...] = ()
 
 
@@ -99,7 +100,9 @@ def read_tensors(path: Path, prefer: Choice = "ema") -> WeightsFile:
 def _read_file(path: Path, *, prefer: Choice, kind_of_folder: str | None) -> WeightsFile:
     content = _content(path)
     chosen = choose(content.table, path, prefer=prefer)
-    tensors, discriminator = owned(chosen.tensors, path), owned(chosen.discriminator, path)
+    size = content.num_bytes
+    tensors = owned(chosen.tensors, path, num_bytes=size)
+    discriminator = owned(chosen.discriminator, path, num_bytes=size)
     refuse_not_finite(tensors, path)
     beside = path.parent / CONFIG
     config = _own_config(content.metadata, path)
@@ -122,15 +125,16 @@ def _content(path: Path) -> _Content:
     _refuse_missing(path)
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
+    size = path.stat().st_size
     if is_torch_zip(head) or is_torch_legacy(head):
         table, notes = read_torch(path)
-        return _Content(table, "torch" if is_torch_zip(head) else "torch-legacy", {}, tuple(notes))
+        return _Content(table, "torch" if is_torch_zip(head) else "torch-legacy", {}, size, tuple(notes))
     if is_safetensors(head):
-        return _Content(read_safetensors(path), "safetensors", read_safetensors_header(path).metadata)
+        return _Content(read_safetensors(path), "safetensors", read_safetensors_header(path).metadata, size)
     if is_json(head):
         return _shards(path)
     if is_mindspore(head):
-        return _Content(to_torch_names(read_mindspore(path).tensors), "mindspore", {})
+        return _Content(to_torch_names(read_mindspore(path).tensors), "mindspore", {}, size)
     raise WeightsError(f"{path}: {_what_it_is(head)}. {KNOWN}")
 
 
@@ -156,9 +160,11 @@ def _shards(index: Path) -> _Content:
     """All shards of an index, as one table."""
     table: Json = {}
     metadata: dict[str, str] = {}
+    size = 0
     for shard, names in read_index(index).items():
         with shard.open("rb") as file:
             head = file.read(HEAD_BYTES)
+        size += shard.stat().st_size
         if is_json(head):
             raise WeightsError(f"{shard}: a shard of {index.name} is an index itself; copy it again")
         if is_safetensors(head):
@@ -170,7 +176,7 @@ def _shards(index: Path) -> _Content:
         if missing:
             raise WeightsError(f"{shard}: {missing[0]} is not in it, though {index.name} says so")
         table |= {name: found[name] for name in names}
-    return _Content(table, "safetensors-sharded", metadata)
+    return _Content(table, "safetensors-sharded", metadata, size)
 
 
 def _sum(path: Path) -> str:

@@ -3,7 +3,7 @@
 import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -29,19 +29,26 @@ def aside(targets: Sequence[Path], *, num_bytes: int) -> Iterator[list[Path]]:
     folder = targets[0].parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for partial in partials:
-            remove(partial)  # of a writer that was killed
+        _remove_all(partials)  # of a writer that was killed
         yield partials
         for partial in partials:
             _sync_all(partial)
         for partial, target in zip(partials, targets, strict=True):
             os.rename(partial, target)
         sync(folder)
+    except RunError as error:  # of a file in a folder that is written aside
+        said = str(error).replace(str(partials[0]), str(targets[0]))
+        raise RunError(said, status=error.status) from error
     except (OSError, SafetensorError, RuntimeError) as error:
         raise refused(error, targets[0], num_bytes=num_bytes) from error
     finally:
-        for partial in partials:
-            remove(partial)
+        with suppress(OSError):  # what goes wrong here has a reason that was already told
+            _remove_all(partials)
+
+
+def _remove_all(paths: Sequence[Path]) -> None:
+    for path in paths:
+        remove(path)
 
 
 def refused(error: OSError | SafetensorError | RuntimeError, path: Path, *, num_bytes: int) -> RunError:
