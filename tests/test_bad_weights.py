@@ -124,7 +124,7 @@ BAD: dict[str, Callable[[], bytes]] = {
     "JSON": lambda: b'{"a": 1}',
     "JSON list of shards": lambda: b'{"weight_map": [1, 2]}',
     "deep JSON": lambda: b'{"a": ' + b"[" * 200_000,
-    "pointer of a large file store": lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n",
+    "pointer of a large file store": lambda: b"version https://git-lfs.github.com/spec/v1\nsize 12\n",
     "noise": lambda: random.Random(0).randbytes(100_000),
     "zeros": lambda: bytes(100_000),
     "picture": lambda: b"\x89PNG\r\n\x1a\n" + bytes(100),
@@ -158,6 +158,10 @@ BAD: dict[str, Callable[[], bytes]] = {
     "deep pickle": lambda: pickled_as(DEEP),
     "long pickle": lambda: pickled_as(LONG),
     "huge text in a pickle": lambda: pickled_as(b"\x80\x02X\xff\xff\xff\xff."),
+    "many objects": lambda: pickled_as(b"\x80\x02" + b"cargparse\nNamespace\n0" * 100_001 + b"}."),
+    "methods hung over": lambda: pickled_as(
+        b"\x80\x02ccollections\nOrderedDict\n)R}(X\x05\x00\x00\x00itemsK\x01X\x03\x00\x00\x00getK\x01ub."
+    ),
     "legacy with 2^40 values": lambda: torch_bytes(WHOLE, legacy=True).replace(
         b"M\xe8\x03N", b"\x8a\x06" + (2**40).to_bytes(6, "little") + b"N"
     ),
@@ -175,7 +179,7 @@ BAD: dict[str, Callable[[], bytes]] = {
     "gap": lambda: header({"encoder.a": entry([1], 4, 8)}, bytes(8)),
     "unknown type": lambda: header({"encoder.a": entry([1], 0, 4, "F33")}, bytes(4)),
     "deep header": lambda: header(b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}"),
-    "metadata of lists": lambda: header({"__metadata__": {"a": [1]}, "encoder.a": entry([1], 0, 4)}, bytes(4)),
+    "metadata of lists": lambda: header({"__metadata__": {"a": [1]}}),
     "NaN in safetensors": lambda: header({"encoder.a": entry([1], 0, 4)}, struct.pack("<f", float("nan"))),
     "empty name": lambda: header({"\n<script>": entry([2], 0, 4)}, bytes(4)),
 }  # fmt: skip
@@ -275,12 +279,12 @@ CANARIES = {
 }
 
 
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("format_", ["zip", "legacy"])
 @pytest.mark.parametrize("call", CANARIES)
-def test_nothing_that_a_pickle_would_call_is_called(call: str, legacy: bool, tmp_path: Path) -> None:
+def test_nothing_that_a_pickle_would_call_is_called(call: str, format_: str, tmp_path: Path) -> None:
     canary = str(tmp_path / "canary")
     payload = {"state_dict": WHOLE, "hyper_parameters": CANARIES[call](canary)}
-    (tmp_path / "x.ckpt").write_bytes(torch_bytes(payload, legacy=legacy))
+    (tmp_path / "x.ckpt").write_bytes(torch_bytes(payload, legacy=format_ == "legacy"))
     said = refused(tmp_path / "x.ckpt")
     assert "nothing in it was run" in said
     assert not Path(canary).exists()
@@ -288,7 +292,7 @@ def test_nothing_that_a_pickle_would_call_is_called(call: str, legacy: bool, tmp
 
 def test_stand_ins_do_nothing_with_what_they_are_given(tmp_path: Path) -> None:
     """A name that is allowed as data leads to no object of that kind, and to no call."""
-    table = b"\x80\x02}q\x00(X\x01\x00\x00\x00aq\x01cpathlib\nPosixPath\nq\x02X\x01\x00\x00\x00/q\x03\x85q\x04Rq\x05u."
+    table = b"\x80\x02}(X\x01\x00\x00\x00acpathlib\nPosixPath\nX\x01\x00\x00\x00/\x85Ru."
     (tmp_path / "x.ckpt").write_bytes(pickled_as(table))
     assert "holds no weights" in refused(tmp_path / "x.ckpt")
 
@@ -337,6 +341,7 @@ def test_flipped_bits_lead_to_nothing_but_an_error_or_a_read(victim: str, tmp_pa
     whole = (FIXTURES / victim).read_bytes()
     path, chance = tmp_path / "x.ckpt", random.Random(victim)
     ends = 3000
+    said: set[str] = set()
     for _ in range(60):
         data = bytearray(whole)
         for _ in range(chance.choice([1, 1, 3])):
@@ -348,7 +353,8 @@ def test_flipped_bits_lead_to_nothing_but_an_error_or_a_read(victim: str, tmp_pa
         try:
             read_tensors(path)
         except WeightsError as error:
-            assert str(error).startswith(f"{path}: ")
+            said.add(str(error)[: len(str(path)) + 2])
+    assert said <= {f"{path}: "}
 
 
 def test_a_flipped_bit_in_the_weights_of_a_zip_is_found(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -35,6 +35,9 @@ from causalvae.weights.tensorfiles import write_safetensors
 from causalvae.weights.writing import to_dtype
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool]
+DTYPES_BY_WORD: dict[Literal["fp32", "fp16", "bf16"], torch.dtype] = {
+    "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
+}  # fmt: skip
 FEW = settings(
     max_examples=25,
     deadline=None,
@@ -217,8 +220,8 @@ class Settings(argparse.Namespace):
     """A type of data that no list names."""
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-def test_data_that_trainers_save_beside_weights_is_read_as_nothing(legacy: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("format_", ["zip", "legacy"])
+def test_data_that_trainers_save_beside_weights_is_read_as_nothing(format_: str, tmp_path: Path) -> None:
     beside = {
         "args": argparse.Namespace(lr=1e-5, path=Path("x"), inner=argparse.Namespace(a=[1, {2}])),
         "path": pathlib.PurePosixPath("a/b"),
@@ -226,20 +229,20 @@ def test_data_that_trainers_save_beside_weights_is_read_as_nothing(legacy: bool,
         "tables": [defaultdict(list, a=[1]), defaultdict(dict), deque([1, 2]), OrderedDict(a=1)],
         "time": [datetime.datetime(2024, 1, 1), datetime.timedelta(seconds=3)],
         "kinds": [dict, list, int, float, complex(1, 2), frozenset({1}), slice(1, 2), torch.float32],
-        "device": torch.device("cpu"), "size": torch.Size([2]), "version": torch.torch_version.TorchVersion("2.1"),
+        "device": torch.device("cpu"), "size": torch.Size([2]), "version": torch.__version__,
     }  # fmt: skip
     before = allowed_now()
     payload = {"hyper_parameters": beside, "state_dict": WEIGHTS}
-    torch.save(payload, tmp_path / "x.ckpt", _use_new_zipfile_serialization=not legacy)
+    torch.save(payload, tmp_path / "x.ckpt", _use_new_zipfile_serialization=format_ == "zip")
     found = read_tensors(tmp_path / "x.ckpt")
     assert equal(found.tensors, WEIGHTS)
-    assert found.format == ("torch-legacy" if legacy else "torch")
+    assert found.format == {"zip": "torch", "legacy": "torch-legacy"}[format_]
     assert allowed_now() == before
 
 
 def test_a_type_on_no_list_is_refused_by_name(tmp_path: Path) -> None:
     torch.save({"state_dict": WEIGHTS, "args": Settings()}, tmp_path / "x.ckpt")
-    with pytest.raises(WeightsError, match="test_weight_files.Settings") as raised:
+    with pytest.raises(WeightsError, match=r"test_weight_files\.Settings") as raised:
         read_tensors(tmp_path / "x.ckpt")
     assert "nothing in it was run" in str(raised.value)
 
@@ -270,7 +273,8 @@ def test_shards_are_named_as_the_hub_does_and_lie_beside_their_index(tmp_path: P
     named = write_safetensors(tmp_path / "d.safetensors", table, metadata={"a": "b"}, shard_size=900)
     assert named.name == "d.safetensors.index.json"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "d-00001-of-00003.safetensors", "d-00002-of-00003.safetensors", "d-00003-of-00003.safetensors", named.name,
+        "d-00001-of-00003.safetensors", "d-00002-of-00003.safetensors", "d-00003-of-00003.safetensors",
+        "d.safetensors.index.json",
     ]  # fmt: skip
     index = json.loads(named.read_text())
     assert index["metadata"]["total_size"] == 2000
@@ -281,9 +285,7 @@ def test_shards_are_named_as_the_hub_does_and_lie_beside_their_index(tmp_path: P
         {n: table[n] for n in list(table)[:2]},
     )
     (tmp_path / "d-00002-of-00003.safetensors").unlink()
-    with pytest.raises(
-        WeightsError, match="d-00002-of-00003.safetensors: this shard of d.safetensors.index.json is missing"
-    ):
+    with pytest.raises(WeightsError, match=r"d-00002-of-00003\.safetensors: this shard of .* is missing"):
         read_tensors(named)
 
 
@@ -344,7 +346,7 @@ def test_a_folder_of_open_sora_plan_and_one_of_a_pipeline_are_read(tmp_path: Pat
 
 def test_casting_leaves_integers_and_statistics_as_they_are() -> None:
     table = {"a": torch.ones(2), "n.running_var": torch.ones(2), "n.num_batches_tracked": torch.tensor(3)}
-    for word, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
+    for word, dtype in DTYPES_BY_WORD.items():
         cast = to_dtype(table, word)
         assert [tensor.dtype for tensor in cast.values()] == [dtype, torch.float32, torch.int64]
     with pytest.raises(WeightsError, match="a: has values beyond 65504"):

@@ -46,8 +46,8 @@ class Chosen:
 def choose(table: Mapping[Any, Any], path: Path, *, prefer: Choice) -> Chosen:  # Any: whatever a file holds
     """The weights in a file's tables. WeightsError if there are none."""
     levels = [table]
-    if isinstance(table.get("state_dict"), Mapping):
-        levels.append(table["state_dict"])
+    if isinstance(table.get("state_dict"), dict):
+        levels.append(_plain(table["state_dict"]))
     named = _nested(levels, LIVE)
     averaged, critic = _nested(levels, AVERAGED), _nested(levels, CRITIC)
     live = named or ({} if averaged and len(levels) == 1 else _tensors(levels[-1]))
@@ -105,9 +105,14 @@ def _nested(levels: list[Mapping[Any, Any]], names: tuple[str, ...]) -> Tensors:
     """Tensors of the first table of one of these names that has any."""
     for level in reversed(levels):
         for name in names:
-            if isinstance(level.get(name), Mapping) and (found := _tensors(level[name])):
+            if isinstance(level.get(name), dict) and (found := _tensors(_plain(level[name]))):
                 return found
     return {}
+
+
+def _plain(table: dict[Any, Any]) -> dict[Any, Any]:  # Any: whatever a file holds
+    """A dict of no special kind: a file may hang attributes on others, in the place of their methods."""
+    return dict(dict.items(table))
 
 
 def _tensors(table: Mapping[Any, Any]) -> Tensors:  # Any: whatever a file holds

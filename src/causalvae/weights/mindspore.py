@@ -164,11 +164,11 @@ def _parse(view: memoryview) -> MindSporeFile:
             raise ValueError("its check sum does not hold, so it is damaged")
     pieces: dict[str, list[Record]] = {}
     before = ""
-    for record in _records(view[:end]):
+    for number, record in enumerate(_records(view[:end])):
         if record.tag in pieces and record.tag != before:
             raise ValueError(f"{printable(record.tag)} is in it twice, so it can't be told which counts")
-        if len(pieces) > MAX_TENSORS:
-            raise ValueError(f"more than {MAX_TENSORS:,} tensors; no model has so many")
+        if number >= MAX_TENSORS:
+            raise ValueError(f"more than {MAX_TENSORS:,} records; no model has so many")
         pieces.setdefault(record.tag, []).append(record)
         before = record.tag
     joined = {tag: _joined(records) for tag, records in pieces.items() if records[0].kind != "str"}

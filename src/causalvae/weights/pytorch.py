@@ -24,7 +24,8 @@ from causalvae.weights.tensorfiles import printable, refuse_holes
 from causalvae.weights.writing import aside, first_line, num_bytes_of, on_cpu
 
 MAX_DIRECTORY_BYTES = 16 * 2**20  # of the archive: about 200,000 records
-MAX_PICKLE_BYTES, MAX_PICKLE_STEPS = 32 * 2**20, 3_000_000
+MAX_PICKLE_BYTES, MAX_PICKLE_STEPS, MAX_OBJECTS = 32 * 2**20, 1_000_000, 100_000
+MAKES_OBJECTS = ("GLOBAL", "REDUCE", "NEWOBJ", "BUILD")  # steps that take torch long
 MAP_FROM = 2 * 2**30  # larger files are mapped, so that what is not asked for is not in memory
 MAX_SHARING = 2.0  # bytes of all tensors may be so many times those of the file, for tied weights
 LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -71,7 +72,7 @@ def read_torch(path: Path) -> tuple[dict[str, Any], list[str]]:  # Any: what the
         raise _not_whole(path, first_line(error)) from error
     if not isinstance(found, dict):
         raise WeightsError(f"{path}: holds {type(found).__name__} and no table of weights by name")
-    return found, notes
+    return dict(dict.items(found)), notes
 
 
 def owned(tensors: Mapping[str, Tensor], path: Path, *, num_bytes: int) -> dict[str, Tensor]:
@@ -79,18 +80,19 @@ def owned(tensors: Mapping[str, Tensor], path: Path, *, num_bytes: int) -> dict[
 
     num_bytes: of all files that the tensors came from.
     """
-    for name, tensor in tensors.items():
+    bare = {name: Tensor.detach(tensor) for name, tensor in tensors.items()}  # without what a file hung on it
+    for name, tensor in bare.items():
         plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-        if not plain or type(tensor) not in (Tensor, torch.nn.Parameter):
+        if not plain or type(tensor) is not Tensor:
             raise WeightsError(f"{path}: {printable(name)} is sparse, quantised or of another special kind")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise WeightsError(
                 f"{path}: {printable(name)} claims {tensor.numel():,} values and has fewer; that is no weight"
             )
-    size = num_bytes_of(tensors)
+    size = num_bytes_of(bare)
     if size > MAX_SHARING * num_bytes:
         raise WeightsError(f"{path}: its tensors claim {size:,} bytes, more than the file can hold")
-    return on_cpu(tensors) if num_bytes <= MAP_FROM else _copies(tensors)
+    return on_cpu(bare) if num_bytes <= MAP_FROM else _copies(bare)
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -199,10 +201,11 @@ def _go_to(file: BinaryIO, record: zipfile.ZipInfo) -> None:
 
 def _look_at_pickle(file: BinaryIO, path: Path) -> None:
     """Refuse a pickle that names anything but weights and types of data, without running it."""
-    names = allowed()
+    names, objects = allowed(), 0
     try:
         for steps, (step, value, _) in enumerate(pickletools.genops(file)):
-            if steps > MAX_PICKLE_STEPS:
+            objects += step.name in MAKES_OBJECTS
+            if steps > MAX_PICKLE_STEPS or objects > MAX_OBJECTS:
                 raise WeightsError(f"{path}: its table takes more steps to read than weights can need")
             if step.name == "PROTO" and value != 2:
                 raise WeightsError(
