@@ -169,6 +169,7 @@ BAD: dict[str, Callable[[], bytes]] = {
     "infinite": lambda: torch_bytes({"state_dict": {"encoder.b": torch.tensor([float("inf")])}}),
     "header of 2^63": lambda: struct.pack("<Q", 2**63) + b"{" + bytes(100),
     "header of 78 MB": lambda: header(b"{}".ljust(78_000_000)),
+    "many brackets": lambda: header(b'{"a":[' + b"[]," * 500_000 + b"[]]}"),
     "many tensors": lambda: header(b"{%s}" % b",".join(b'"%d":{}' % n for n in range(100_001))),
     "name twice": lambda: header(
         b'{"encoder.a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
@@ -203,6 +204,7 @@ def refused(path: Path) -> str:
     assert said.startswith(f"{path}: ")
     assert "\n" not in said
     assert len(said) < 700
+    assert "weights_only" not in said
     assert raised.value.status == 2
     return said
 
@@ -227,6 +229,8 @@ def test_a_bad_file_is_refused_in_one_line(kind: str, tmp_path: Path) -> None:
         ("many views of one", "more than the file can hold"),
         ("NaN", "encoder.b holds values that are not numbers"),
         ("name twice", "'encoder.a' is in it twice"),
+        ("deep pickle", "holds tuple and no table"),
+        ("many brackets", "more parts than that of any model"),
         ("no weights", "its entries are 'lr', 'note'"),
         ("protocol 4 in a zip", "a pickle of protocol 4"),
         ("header of 2^63", "its header claims 9,223,372,036,854,775,808 bytes"),
@@ -342,7 +346,7 @@ def test_flipped_bits_lead_to_nothing_but_an_error_or_a_read(victim: str, tmp_pa
     path, chance = tmp_path / "x.ckpt", random.Random(victim)
     ends = 3000
     said: set[str] = set()
-    for _ in range(60):
+    for _ in range(40):
         data = bytearray(whole)
         for _ in range(chance.choice([1, 1, 3])):
             place = chance.choice(

@@ -7,7 +7,9 @@ No reader here executes anything that a file holds.
 import io
 import pickle
 import pickletools
+import re
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -54,25 +56,42 @@ def read_torch(path: Path) -> tuple[dict[str, Any], list[str]]:  # Any: what the
     Tensors may share memory and be larger than what they are made of: `owned` gives them memory of their own.
     """
     refuse_holes(path)
-    notes: list[str] = []
-    with path.open("rb") as file:
-        is_zip = is_torch_zip(file.read(4))
-        if is_zip:
-            notes = _look_at_archive(file, path)
-        else:
-            file.seek(0)
-            for _ in range(LEGACY_PICKLES):
-                _look_at_pickle(file, path)
-    known: list[Any] = [(kind, name) for name, kind in stand_ins().items()]  # Any: as torch annotates it
-    mapped = is_zip and path.stat().st_size > MAP_FROM
-    try:
-        with torch.serialization.safe_globals(known):
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except UNREADABLE as error:
-        raise _not_whole(path, first_line(error)) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is old or odd in the file
+        notes = _look_at(path)
+        found = _load(path)
     if not isinstance(found, dict):
         raise WeightsError(f"{path}: holds {type(found).__name__} and no table of weights by name")
     return dict(dict.items(found)), notes
+
+
+def _look_at(path: Path) -> list[str]:
+    """Refuse what no torch file of weights has, before torch sees it. Returns what is worth saying."""
+    with path.open("rb") as file:
+        if is_torch_zip(file.read(4)):
+            return _look_at_archive(file, path)
+        file.seek(0)
+        for _ in range(LEGACY_PICKLES):
+            _look_at_pickle(file, path)
+    return []
+
+
+def _load(path: Path) -> object:
+    """What torch's restricted reader makes of a file, with stand-ins for types of data."""
+    known: list[Any] = [(kind, name) for name, kind in stand_ins().items()]  # Any: as torch annotates it
+    mapped = zipfile.is_zipfile(path) and path.stat().st_size > MAP_FROM
+    try:
+        with torch.serialization.safe_globals(known):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except UNREADABLE as error:
+        raise _not_whole(path, _reason(error)) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Why torch refused, without its advice, which is to run what is in the file."""
+    text = re.sub(r"(?s).*WeightsUnpickler error:\s*", "", str(error))
+    line = (text.strip().splitlines() or [type(error).__name__])[0][:200]
+    return "its table can't be read" if "Weights only load" in line else line
 
 
 def owned(tensors: Mapping[str, Tensor], path: Path, *, num_bytes: int) -> dict[str, Tensor]:

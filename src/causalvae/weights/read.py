@@ -96,6 +96,7 @@ def read_tensors(path: Path, prefer: Choice = "ema") -> WeightsFile:
         return _read_file(file, prefer=prefer, kind_of_folder="diffusers")
     return _read_file(_only_file(path), prefer=prefer, kind_of_folder=None)
 
+
 def _read_file(path: Path, *, prefer: Choice, kind_of_folder: str | None) -> WeightsFile:
     content = _content(path)
     chosen = choose(content.table, path, prefer=prefer)

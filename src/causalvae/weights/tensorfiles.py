@@ -21,6 +21,7 @@ from causalvae.weights.writing import aside, first_line, mode_of_new_files, num_
 MAX_HEADER_BYTES = 16 * 2**20  # a larger header takes seconds and gigabytes to read
 MAX_TENSORS = 100_000
 MAX_JSON_BYTES = 16 * 2**20
+MAX_PARTS = {b"[": 4 * MAX_TENSORS, b"{": 4 * MAX_TENSORS, b'"': 20 * MAX_TENSORS}  # more take seconds
 SPARSE_FROM = 256 * 2**20  # smaller files can be as empty as they like
 INDEX_SUFFIX = ".index.json"
 
@@ -90,6 +91,9 @@ def parse_json(text: bytes, path: Path) -> dict[str, Any]:  # Any: JSON values n
             raise WeightsError(f"{path}: {printable(twice)} is in it twice, so it can't be told which counts")
         return found
 
+    for part, most in MAX_PARTS.items():
+        if text.count(part) > most:
+            raise WeightsError(f"{path}: its description has more parts than that of any model")
     try:
         found = json.loads(text, object_pairs_hook=once)
     except (ValueError, RecursionError) as error:
