@@ -1,11 +1,11 @@
 """Damaged and hostile files of weights: one line that begins with the path, nothing run, little memory."""
 
+import ast
 import io
 import json
 import os
 import pickle
 import random
-import resource
 import struct
 import subprocess
 import sys
@@ -21,6 +21,7 @@ from fixtures import FIXTURES
 from safetensors.torch import save_file
 from torch import nn
 
+import causalvae
 from causalvae.errors import WeightsError
 from causalvae.weights.read import read_tensors
 
@@ -241,6 +242,7 @@ def test_the_line_says_what_is_wrong(kind: str, said: str, tmp_path: Path) -> No
     assert said in refused(tmp_path / "x.ckpt")
 
 
+@pytest.mark.slow
 def test_all_bad_files_together_take_little_memory(tmp_path: Path) -> None:
     for number, make in enumerate(BAD.values()):
         (tmp_path / f"{number}.ckpt").write_bytes(make())
@@ -368,5 +370,13 @@ def test_a_flipped_bit_in_the_weights_of_a_zip_is_found(tmp_path: Path) -> None:
     assert "the check sum of 'archive/data/0' does not hold" in refused(tmp_path / "x.ckpt")
 
 
-def test_peak_memory_is_known_to_this_system() -> None:
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 0
+def test_no_code_asks_torch_for_more_than_weights() -> None:
+    sources = Path(causalvae.__file__).parent.rglob("*.py")
+    loads = [
+        call
+        for path in sources
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) in ("torch.load", "load", "pickle.load")
+    ]
+    assert loads
+    assert all("weights_only=True" in ast.unparse(call) for call in loads)

@@ -202,6 +202,20 @@ def test_files_written_without_check_sums_are_read_and_it_is_said(tmp_path: Path
     assert "without check sums" in found.notes[0]
 
 
+def test_shards_may_be_torch_files(tmp_path: Path) -> None:
+    for number, (name, tensor) in enumerate(WEIGHTS.items()):
+        torch.save({name: tensor, "other": tensor}, tmp_path / f"{number}.bin")
+    where = {name: f"{number}.bin" for number, name in enumerate(WEIGHTS)}
+    index = tmp_path / "diffusion_pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": where}))
+    (tmp_path / "config.json").write_text('{"_class_name": "X"}')
+    assert equal(read_tensors(index).tensors, WEIGHTS)
+    assert equal(read_tensors(tmp_path).tensors, WEIGHTS)
+    index.write_text(json.dumps({"weight_map": where | {"encoder.c": "0.bin"}}))
+    with pytest.raises(WeightsError, match=r"0\.bin: encoder\.c is not in it"):
+        read_tensors(index)
+
+
 def test_a_name_says_nothing_about_the_format(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "x.ckpt", WEIGHTS, metadata={})
     write_mindspore(tmp_path / "x.safetensors", WEIGHTS, crc=False)
@@ -231,6 +245,8 @@ def test_a_run_and_its_checkpoint_stand_for_their_weights(tmp_path: Path) -> Non
     assert run.config == json.loads(header[CONFIG_KEY])
     assert (checkpoint.format, checkpoint.chosen) == ("causalvae checkpoint", "live")
     assert equal(checkpoint.tensors, {name: tensor * 3 for name, tensor in live.items()})
+    (tmp_path / "checkpoints/step-00000012/ema.safetensors").unlink()
+    assert (read_tensors(tmp_path).chosen, read_tensors(tmp_path).origin.kind) == ("only", "model")
 
 
 def test_a_folder_of_open_sora_plan_and_one_of_a_pipeline_are_read(tmp_path: Path) -> None:

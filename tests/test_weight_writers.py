@@ -44,7 +44,9 @@ def tables(draw: st.DrawFn) -> dict[str, Tensor]:
         shape, dtype = draw(SHAPES), draw(st.sampled_from(DTYPES))
         count = int(np.prod(shape))
         values = torch.tensor(draw(st.lists(st.integers(0, 100), min_size=count, max_size=count)))
-        table[draw(st.sampled_from(["encoder.", "decoder."])) + name] = values.to(dtype).reshape(shape)
+        first = draw(st.sampled_from(["encoder.", "decoder."]))
+        last = draw(st.sampled_from(["", ".weight", ".bias", ".running_mean"]))
+        table[first + name + last] = values.to(dtype).reshape(shape)
     return table
 
 
@@ -167,6 +169,12 @@ def test_files_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
     (tmp_path / "new").touch()
     write_safetensors(tmp_path / "x", WEIGHTS, metadata={})
     assert (tmp_path / "x").stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
+def test_a_torch_file_has_the_same_bytes_under_any_name(tmp_path: Path) -> None:
+    for name in ("a.ckpt", "b.pt"):
+        write_torch(tmp_path / name, WEIGHTS, layout="state_dict")
+    assert (tmp_path / "a.ckpt").read_bytes() == (tmp_path / "b.pt").read_bytes()
 
 
 def test_a_folder_that_is_not_empty_is_not_written_over(tmp_path: Path) -> None:

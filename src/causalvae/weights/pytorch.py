@@ -130,8 +130,8 @@ def write_torch(
         "state_dict": {"state_dict": own},
         "open-sora-plan": {"state_dict": {"gen_model": own}, "ema_state_dict": {}},
     }
-    with aside([path], num_bytes=num_bytes_of(own)) as (partial,):
-        torch.save(tables[layout], partial)
+    with aside([path], num_bytes=num_bytes_of(own)) as (partial,), partial.open("wb") as file:
+        torch.save(tables[layout], file)  # a file, so that its name is not in it
 
 
 def _look_at_archive(file: BinaryIO, path: Path) -> list[str]:

@@ -196,10 +196,15 @@ def _own_config(metadata: dict[str, str], path: Path) -> Json | None:
 def _own_checkpoint(path: Path) -> Path | None:
     """The newest checkpoint of our run, or the folder itself if it is a checkpoint; None if neither."""
     steps = [each for each in path.glob("checkpoints/step-*") if re.fullmatch(r"step-\d+", each.name)]
-    for folder in (path, *sorted(steps, reverse=True)):
-        if (folder / AVERAGE).is_file() or ((folder / "state.json").is_file() and (folder / MODEL).is_file()):
-            return folder
-    return None
+    return next((each for each in (path, *sorted(steps, reverse=True)) if _is_own(each)), None)
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of ours; others have a model.safetensors too, without our header."""
+    if (folder / AVERAGE).is_file():
+        return True
+    model = folder / MODEL
+    return model.is_file() and MODEL_KEY in read_safetensors_header(model).metadata
 
 
 def _read_checkpoint(folder: Path, path: Path, *, prefer: Choice) -> WeightsFile:
