@@ -29,8 +29,8 @@ models.start  models.build
 critics.lpips  critics.efficientnet  critics.patchgan  critics.regularisers  critics.i3d
 data.decode  data.shards  data.sources  data.transforms
 data.clips  data.workers  data.loader  data.encode  data.scan
-weights.published  weights.names
-weights.pytorch  weights.mindspore  weights.diffusers  weights.read  weights.inflate
+weights.published  weights.names  weights.writing  weights.tensorfiles  weights.standins  weights.pytorch
+weights.mindspore  weights.layouts  weights.diffusers  weights.read  weights.inflate
 losses  metrics  perceptual
 infer
 evaluate  export

@@ -14,7 +14,7 @@ from causalvae.metrics import psnr
 from causalvae.models.build import build
 from causalvae.models.presets import PRESETS
 from causalvae.train.samples import reconstruct
-from causalvae.weights.read import read_tensors
+from causalvae.weights.tensorfiles import read_safetensors
 
 
 def flags(folder: Path, **changes: object) -> list[str]:
@@ -38,7 +38,7 @@ def test_a_run_with_evaluation_equals_one_without_bitwise(tmp_path: Path) -> Non
     # The number is that of the averaged weights in the checkpoint, and mode 2 finds it again.
     result = json.loads((looked / "run/eval/step-00000004.json").read_text())
     clip = center_clip(open_source("sample:heldout")[0], ClipPlan(frames=5, size=(32, 32)))
-    averaged = read_tensors(looked / "run/checkpoints/step-00000004/ema.safetensors")
+    averaged = read_safetensors(looked / "run/checkpoints/step-00000004/ema.safetensors")
     recon = reconstruct(build(PRESETS["tiny"]), clip, weights=averaged)
     assert result["psnr"] == psnr(clip, recon)
     shutil.rmtree(looked / "run/eval")

@@ -22,7 +22,7 @@ from causalvae.models.causalvae import CausalVAE
 from causalvae.models.presets import PRESETS
 from causalvae.train.samples import reconstruct
 from causalvae.train.trainer import train
-from causalvae.weights.read import read_tensors
+from causalvae.weights.tensorfiles import read_safetensors
 
 MODEL = "tiny"
 HELD_OUT_FRAMES = 65  # of the held-back clip, from its first
@@ -74,7 +74,7 @@ def demo(*, output_dir: Path, seed: int = 0) -> DemoResult:
     clip = _held_out_clip(settings)
     vae = build(PRESETS[MODEL], seed=seed)
     before = reconstruct(vae, clip)
-    averaged = read_tensors(
+    averaged = read_safetensors(
         result.path / "checkpoints" / f"step-{settings.max_steps:08d}" / "ema.safetensors"
     )
     after = reconstruct(vae, clip, weights=averaged)

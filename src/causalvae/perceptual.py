@@ -22,7 +22,7 @@ from causalvae.errors import ConfigError, RunError, WeightsError
 from causalvae.fetch import fetch
 from causalvae.files import sha256
 from causalvae.machine import home
-from causalvae.weights.read import read_tensors
+from causalvae.weights.tensorfiles import read_safetensors
 
 TORCHVISION = "https://download.pytorch.org/models/"
 LPIPS_PACKAGE = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/"
@@ -272,7 +272,7 @@ def _filled(network: Network, tensors: Mapping[str, Tensor], *, path: Path) -> N
 def _tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file or of a torch file that holds nothing else. No code of a file runs."""
     if path.suffix == ".safetensors":
-        return read_tensors(path)
+        return read_safetensors(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:

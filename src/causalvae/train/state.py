@@ -21,7 +21,8 @@ from causalvae.train.optim import (
     optimizer_tensors,
 )
 from causalvae.train.stability import ROLLBACK_FACTOR, LevelOff
-from causalvae.weights.read import CONFIG_KEY, MODEL_KEY, read_tensors
+from causalvae.weights.read import CONFIG_KEY, MODEL_KEY
+from causalvae.weights.tensorfiles import read_safetensors
 
 COUNTERS = (
     "step",
@@ -117,8 +118,8 @@ class TrainState:
         """Read what `save` wrote, bit for bit. WeightsError if it is not of these networks."""
         _load(self.vae, folder / "model.safetensors", self.masters)
         if self.ema:
-            _copy_all(self.ema, read_tensors(folder / "ema.safetensors"))
-        moments = read_tensors(folder / "optimizer.safetensors")
+            _copy_all(self.ema, read_safetensors(folder / "ema.safetensors"))
+        moments = read_safetensors(folder / "optimizer.safetensors")
         self.logvar.copy_(moments["logvar"])
         load_optimizer_tensors(self.optimizer, _under("vae.", moments))
         if self.critic is not None and self.critic_optimizer is not None:
@@ -169,7 +170,7 @@ def _weights(network: nn.Module, masters: MasterWeights | None) -> dict[str, Ten
 
 
 def _load(network: nn.Module, path: Path, masters: MasterWeights | None) -> None:
-    tensors = read_tensors(path)
+    tensors = read_safetensors(path)
     network.load_state_dict(tensors, strict=True)
     if masters is not None:
         masters.load(tensors)
