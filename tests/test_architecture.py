@@ -25,7 +25,7 @@ files  fetch  rundir  machine
 rng  video
 models.convolution  models.stream  models.norms  models.fused  models.layers
 models.wavelet  models.base  models.causalvae  models.wfvae
-models.start  models.build
+models.start  models.diffusers  models.diffusers_folder  models.build
 critics.lpips  critics.efficientnet  critics.patchgan  critics.regularisers  critics.i3d
 data.decode  data.shards  data.sources  data.transforms
 data.clips  data.workers  data.loader  data.encode  data.scan
