@@ -42,6 +42,7 @@ LARGEST_NUMBER = 1 << 16
 LONGEST_LIST, LONGEST_STATISTICS = 16, 1024
 MOST_LAYERS = 64
 LAYER_COUNTS = ("layers_per_block", "decoder_layers_per_block", "num_res_blocks", "num_layers")
+MAY_BE_ZERO = ("dropout", "scaling_factor", "shift_factor", *CONSTANTS)  # of the numbers; others are sizes
 MOST_WEIGHTS = 4_000_000_000
 
 # What a constructor or a pass of diffusers raises for settings that do not fit together.
@@ -60,8 +61,8 @@ MISFIT = (
 class DiffusersVAE(nn.Module):
     """A video VAE of diffusers. Its parameters are `net.` and the names that diffusers has.
 
-    arithmetic: numbers that convolutions and products of matrices compute in, by autocast; None for those of
-    the weights.
+    arithmetic: numbers that convolutions and products of matrices compute in, by autocast, with weights in
+    fp32; None for those of the weights. The meta device has no autocast, and shows what fp32 takes.
     """
 
     net: Any  # one of the classes of _classes(), which are not there without the extra
@@ -126,19 +127,9 @@ class DiffusersVAE(nn.Module):
         else:
             self.net.disable_gradient_checkpointing()
 
-    def multiplied(self) -> list[str]:
-        """Names of the weights that autocast rounds: those that can be kept in fewer bits."""
-        kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-        return [
-            f"{name}.{own}"
-            for name, module in self.named_modules()
-            if isinstance(module, kinds)
-            for own, _ in module.named_parameters(recurse=False)
-        ]
-
     @property
     def _dtype(self) -> torch.dtype:
-        return next(self.net.parameters()).dtype if self.arithmetic is None else torch.float32
+        return next(self.net.parameters()).dtype
 
     def _numbers(self, x: Tensor) -> AbstractContextManager[object]:
         if self.arithmetic is None or x.device.type == "meta":
@@ -262,7 +253,8 @@ def _check_settings(class_name: str, settings: Mapping[str, Any]) -> None:  # An
         longest = LONGEST_STATISTICS if name in CONSTANTS else LONGEST_LIST
         most = MOST_LAYERS if name in LAYER_COUNTS else LARGEST_NUMBER
         plain = all(item is None or isinstance(item, str | int | float) for item in each)
-        if not plain or len(each) > longest or any(_too_large(item, most) for item in each):
+        empty = name not in MAY_BE_ZERO and any(_is_no_size(item) for item in each)
+        if not plain or empty or len(each) > longest or any(_too_large(item, most) for item in each):
             said = json.dumps(value)
             raise WeightsError(
                 f"diffusers {class_name}: no model has {name} = {said[:80]}{'...' if said[80:] else ''}"
@@ -277,6 +269,10 @@ def _check_settings(class_name: str, settings: Mapping[str, Any]) -> None:  # An
 
 def _too_large(value: object, most: int) -> bool:
     return isinstance(value, int | float) and not abs(value) <= most
+
+
+def _is_no_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value <= 0
 
 
 def _any(value: object) -> bool:
@@ -359,7 +355,8 @@ def _in_chunks(
     first: arguments for the first chunk. The past is handed on, so it ends with this call.
     """
     past: Past = (None,) * sum(1 for _ in network.modules())
-    learns = any(parameter.requires_grad for parameter in network.parameters())
+    # A step in parts first has the last layer learn alone, and only its input is kept without recomputation.
+    learns = any(p.requires_grad for n, p in network.named_parameters() if not n.startswith("conv_out."))
     made: list[Tensor] = []
     for i, chunk in enumerate(chunks):
         run = partial(network, **first) if i == 0 else network
