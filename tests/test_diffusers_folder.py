@@ -13,7 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from causalvae.errors import WeightsError
 from causalvae.models.diffusers import build_diffusers, diffusers_config
-from causalvae.models.diffusers_folder import load_folder, model_folder, read_folder, save_folder
+from causalvae.models.diffusers_folder import (
+    load_folder,
+    model_folder,
+    read_folder,
+    save_folder,
+    weights_file,
+)
 
 NAMES = sorted(SETTINGS)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -54,6 +60,7 @@ def test_a_folder_that_diffusers_wrote_in_shards_is_read(name: str, tmp_path: Pa
         written["weight_map"] |= dict.fromkeys(extra, shard.name)
         (tmp_path / f"{WEIGHTS}.index.json").write_text(json.dumps(written))
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert weights_file(tmp_path).name == f"{WEIGHTS}.index.json"
     ours = load_folder(tmp_path)
     for each, tensor in vae.named_parameters():
         assert torch.equal(ours.get_parameter(each), tensor)
@@ -81,6 +88,7 @@ def test_the_folder_of_a_pipeline_stands_for_its_vae(tmp_path: Path) -> None:
     save_folder(moved("wan-2.1"), tmp_path / "vae")
     assert model_folder(tmp_path) == tmp_path / "vae"
     assert model_folder(tmp_path / "vae") == tmp_path / "vae"
+    assert weights_file(tmp_path / "vae") == tmp_path / "vae" / WEIGHTS
     assert load_folder(tmp_path).config == config_of("wan-2.1")
 
 

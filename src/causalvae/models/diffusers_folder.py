@@ -36,6 +36,12 @@ def model_folder(path: Path) -> Path | None:
     return None
 
 
+def weights_file(folder: Path) -> Path:
+    """What stands for the weights of a model's folder: its file, or the index of its shards."""
+    files = list(_files_of(folder))
+    return files[0] if len(files) == 1 else folder / INDEX
+
+
 def read_folder(path: Path) -> tuple[DiffusersConfig, dict[str, Tensor]]:
     """Config and weights in fp32, named as in DiffusersVAE.
 
