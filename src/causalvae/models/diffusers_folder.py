@@ -51,21 +51,30 @@ def read_folder(path: Path) -> tuple[DiffusersConfig, dict[str, Tensor]]:
     if folder is None:
         raise WeightsError(f"{path}: not a folder of diffusers: it has no {CONFIG} that names a class")
     settings = _read_json(folder / CONFIG)
-    class_name = settings["_class_name"]
-    if not isinstance(class_name, str):
-        raise WeightsError(f"{folder / CONFIG}: _class_name must be text")
-    try:
-        config = diffusers_config(class_name, settings)
-    except WeightsError as error:
-        raise WeightsError(f"{folder}: {error}") from error
+    config = _config(settings, folder)
     files = _files_of(folder)
     shapes = {name: shape for file, names in files.items() for name, shape in _shapes(file, names).items()}
     _compare(folder, config, shapes)
     tensors = {name: t for file, names in files.items() for name, t in _tensors(file, names).items()}
-    constants = {name: tensors.pop(name).tolist() for name in CONSTANTS if name in tensors}
+    return adopt(settings, tensors, where=folder)
+
+
+# Any: a config.json
+def adopt(
+    settings: Mapping[str, Any], tensors: Mapping[str, Tensor], *, where: Path
+) -> tuple[DiffusersConfig, dict[str, Tensor]]:
+    """Config and weights of a model that was read: its config.json and its tensors under diffusers' names.
+
+    The weights become fp32 and are named as in DiffusersVAE. where: for messages. WeightsError where the two
+    are not of one model that can be trained.
+    """
+    config = _config(settings, where)
+    _compare(where, config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    constants = {name: tensors[name].float().tolist() for name in CONSTANTS if name in tensors}
     if constants:
-        config = diffusers_config(class_name, {**settings, **constants})
-    return config, {PREFIX + name: tensor for name, tensor in tensors.items()}
+        config = _config({**settings, **constants}, where)
+    weights = {name: tensor for name, tensor in tensors.items() if name not in CONSTANTS}
+    return config, {PREFIX + name: tensor.to(torch.float32) for name, tensor in weights.items()}
 
 
 def load_folder(path: Path) -> DiffusersVAE:
@@ -93,6 +102,16 @@ def save_folder(vae: DiffusersVAE, path: Path, *, tensors: Mapping[str, Tensor] 
     save_file(on_cpu, path / WEIGHTS, metadata={"format": "pt"})
     written = {"_class_name": vae.config.class_name, **settings}
     (path / CONFIG).write_text(json.dumps(written, indent=2) + "\n")
+
+
+def _config(settings: Mapping[str, Any], where: Path) -> DiffusersConfig:
+    class_name = settings.get("_class_name")
+    if not isinstance(class_name, str):
+        raise WeightsError(f"{where / CONFIG}: _class_name must be text")
+    try:
+        return diffusers_config(class_name, settings)
+    except WeightsError as error:
+        raise WeightsError(f"{where}: {error}") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:  # Any: JSON
