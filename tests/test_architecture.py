@@ -25,12 +25,12 @@ files  fetch  rundir  machine
 rng  video
 models.convolution  models.stream  models.norms  models.interpolation  models.fused  models.layers
 models.resampling  models.chains  models.wavelet  models.base  models.causalvae  models.wfvae
-models.start  models.build
+models.start  models.diffusers  models.build
 critics.lpips  critics.efficientnet  critics.patchgan  critics.regularisers  critics.i3d
 data.decode  data.shards  data.sources  data.transforms
 data.clips  data.workers  data.loader  data.encode  data.scan
 weights.published  weights.names  weights.writing  weights.tensorfiles  weights.standins  weights.pytorch
-weights.mindspore  weights.layouts  weights.diffusers  weights.read  weights.inflate
+weights.mindspore  weights.layouts  weights.diffusers  weights.diffusers_folder  weights.read  weights.inflate
 losses  metrics  perceptual
 infer
 evaluate  export

@@ -12,19 +12,21 @@ class Geometry:
     `temporal`.
 
     temporal, spatial: downsample factors. channels: latent channels.
+    group: latent frames after the first come in multiples of this. 1 for models that take any number.
     """
 
     temporal: int = 4
     spatial: int = 8
     channels: int = 4
+    group: int = 1
 
     def latent_frames(self, frames: int) -> int:
-        """Latent frames of a clip of this many frames, padded to 1 + temporal * n."""
+        """Latent frames of a clip of this many frames, padded as `padded_frames` says."""
         return 1 + (self.padded_frames(frames) - 1) // self.temporal
 
     def padded_frames(self, frames: int) -> int:
-        """The next count of the form 1 + temporal * n, which is what the model works on."""
-        return frames + -(frames - 1) % self.temporal
+        """The next count of the form 1 + temporal * group * n, which is what the model works on."""
+        return frames + -(frames - 1) % (self.temporal * self.group)
 
     def padded_size(self, pixels: int) -> int:
         """The next multiple of the spatial factor."""

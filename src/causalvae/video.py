@@ -29,7 +29,7 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def pad_frames(x: Tensor, geometry: Geometry) -> Tensor:
-    """b c t h w -> the same with the last frame repeated until t = 1 + temporal * n."""
+    """b c t h w -> the same with the last frame repeated until the model can work on it."""
     missing = geometry.padded_frames(x.shape[2]) - x.shape[2]
     if missing == 0:
         return x

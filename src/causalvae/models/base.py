@@ -18,10 +18,14 @@ LOGVAR_RANGE = (-30.0, 20.0)  # as the published weights were trained
 
 @dataclass(frozen=True)
 class Posterior:
-    """Diagonal Gaussian over latents. mean, logvar: b c k h w; logvar is clamped to [-30, 20]."""
+    """Diagonal Gaussian over latents. mean, logvar: b c k h w; logvar is clamped to [-30, 20].
+
+    certain: the encoder gives the latent itself. A sample is the mean, and there is no divergence to pull it.
+    """
 
     mean: Tensor
     logvar: Tensor
+    certain: bool = False
 
     @staticmethod
     def of_moments(moments: Tensor) -> "Posterior":
@@ -29,8 +33,16 @@ class Posterior:
         mean, logvar = at_least_fp32(moments).chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(*LOGVAR_RANGE))
 
+    @staticmethod
+    def of_latent(latent: Tensor) -> "Posterior":
+        """latent: b c k h w, of an encoder that is certain of it. At least fp32 from here on."""
+        mean = at_least_fp32(latent)
+        return Posterior(mean, mean.new_full(mean.shape, LOGVAR_RANGE[0]), certain=True)
+
     def sample(self, noise: Tensor) -> Tensor:
         """mean + std * noise, with noise standard normal of the same shape."""
+        if self.certain:
+            return self.mean
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def mode(self) -> Tensor:
@@ -40,6 +52,8 @@ class Posterior:
     def kl(self) -> Tensor:
         """Divergence from the standard normal, per clip, in nats, summed over c k h w: shape b."""
         mean, logvar = at_least_fp32(self.mean), at_least_fp32(self.logvar)
+        if self.certain:
+            return mean.new_zeros(len(mean))
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(dim=1)
 
 

@@ -1,5 +1,7 @@
 """Settings of models, without torch: what a network is made of, and the presets that have a name."""
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin
@@ -260,4 +262,77 @@ PARAMETERS = {
     "wfvae-4": 146_496_708,
     "wfvae-8": 146_662_604,
     "wfvae-16": 317_081_244,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusersConfig:
+    """A video VAE of the diffusers library.
+
+    class_name: as in diffusers. config_json: every setting of the class by name, with defaults, as JSON with
+    sorted keys; `models.diffusers.diffusers_config` makes it.
+    """
+
+    class_name: str
+    config_json: str
+
+    @property
+    def settings(self) -> dict[str, Any]:  # Any: JSON
+        """The settings by name."""
+        return json.loads(self.config_json)
+
+    @property
+    def geometry(self) -> Geometry:
+        """Downsample factors and latent channels that follow from the settings."""
+        return DIFFUSERS_GEOMETRY[self.class_name](self.settings)
+
+
+def _wan(settings: dict[str, Any]) -> Geometry:
+    spatial = 2 ** (len(settings["dim_mult"]) - 1) * (settings["patch_size"] or 1)
+    temporal = 2 ** sum(settings["temperal_downsample"])
+    return Geometry(temporal=temporal, spatial=spatial, channels=settings["z_dim"])
+
+
+def _cogvideox(settings: dict[str, Any]) -> Geometry:
+    """It decodes two latent frames at a time, and only an odd number of them has its first frame apart."""
+    return Geometry(
+        temporal=int(settings["temporal_compression_ratio"]),
+        spatial=2 ** (len(settings["block_out_channels"]) - 1),
+        channels=settings["latent_channels"],
+        group=2,
+    )
+
+
+def _ltx(settings: dict[str, Any]) -> Geometry:
+    halvings = 2 ** sum(settings["spatio_temporal_scaling"])
+    return Geometry(
+        temporal=settings["temporal_compression_ratio"] or settings["patch_size_t"] * halvings,
+        spatial=settings["spatial_compression_ratio"] or settings["patch_size"] * halvings,
+        channels=settings["latent_channels"],
+    )
+
+
+def _mochi(settings: dict[str, Any]) -> Geometry:
+    return Geometry(
+        temporal=math.prod(settings["temporal_expansions"]),
+        spatial=math.prod(settings["spatial_expansions"]),
+        channels=settings["latent_channels"],
+    )
+
+
+def _given(settings: dict[str, Any]) -> Geometry:
+    return Geometry(
+        temporal=settings["temporal_compression_ratio"],
+        spatial=settings["spatial_compression_ratio"],
+        channels=settings["latent_channels"],
+    )
+
+
+DIFFUSERS_GEOMETRY = {
+    "AutoencoderKLWan": _wan,
+    "AutoencoderKLCogVideoX": _cogvideox,
+    "AutoencoderKLHunyuanVideo": _given,
+    "AutoencoderKLLTXVideo": _ltx,
+    "AutoencoderKLMochi": _mochi,
+    "AutoencoderKLCosmos": _given,
 }
