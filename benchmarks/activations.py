@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from causalvae import rng
 from causalvae.models.base import Posterior
 from causalvae.models.build import build
-from causalvae.models.causalvae import CausalVAE, Level, Middle, set_recompute
+from causalvae.models.causalvae import CausalVAE, Level, Middle
 from causalvae.models.layers import (
     FrameDownsample,
     ResnetBlock,
@@ -96,7 +96,7 @@ def plain(vae: CausalVAE, x: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
 
 def forward(kind: str, vae: CausalVAE, x: Tensor, noise: Tensor) -> tuple[Tensor, Posterior]:
     """Reconstruction and posterior in one order of work."""
-    set_recompute(vae, on=kind == "fused, recomputing")
+    vae.set_recompute(on=kind == "fused, recomputing")
     return plain(vae, x, noise) if kind == "plain" else vae(x, noise)
 
 

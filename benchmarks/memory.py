@@ -21,7 +21,6 @@ from causalvae import rng
 from causalvae.losses import CriticKind, LossPlan, build_critic
 from causalvae.machine import hand_back_memory
 from causalvae.models.build import build
-from causalvae.models.causalvae import set_recompute
 from causalvae.models.presets import PRESETS, CausalVAEConfig
 from causalvae.train.networks import lay_out
 from causalvae.train.optim import build_optimizer
@@ -102,7 +101,7 @@ def measure(case: Case, *, steps: int = 2) -> int:
     """Bytes that a training of this case takes above this process before it. Meant for a fresh process."""
     before = resident("VmRSS")
     state = training(case)
-    set_recompute(state.vae, on=case.recompute)
+    state.vae.set_recompute(on=case.recompute)
     clip = rng.normal(case.shape, 1).contiguous(memory_format=torch.channels_last_3d)
     noise = rng.normal((case.clips, *state.vae.geometry.latent_shape(*case.shape[2:])), 2)
     judge = "hinge" if state.critic is not None else None

@@ -30,7 +30,8 @@ critics.lpips  critics.efficientnet  critics.patchgan  critics.regularisers  cri
 data.decode  data.shards  data.sources  data.transforms
 data.clips  data.workers  data.loader  data.encode  data.scan
 weights.published  weights.names  weights.writing  weights.tensorfiles  weights.standins  weights.pytorch
-weights.mindspore  weights.layouts  weights.diffusers  weights.diffusers_folder  weights.read  weights.inflate
+weights.mindspore  weights.layouts  weights.diffusers  weights.read  weights.diffusers_folder  weights.load
+weights.inflate
 losses  metrics  perceptual
 infer
 evaluate  export

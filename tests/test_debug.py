@@ -12,7 +12,6 @@ from causalvae import losses, rng
 from causalvae.losses import build_critic
 from causalvae.models import base
 from causalvae.models.build import build
-from causalvae.models.causalvae import set_recompute
 from causalvae.models.presets import CausalVAEConfig
 from causalvae.train import optim, state
 from causalvae.train.debug import TERMS, BadPlace, Watch
@@ -113,7 +112,7 @@ def test_the_first_module_that_overflows_is_named(
 @pytest.mark.parametrize("memory", ["speed", "lean"])
 def test_in_a_block_or_chain_of_blocks_the_layer_before_is_named_too(memory: str) -> None:
     training = state_of()
-    set_recompute(training.vae, on=memory == "lean")
+    training.vae.set_recompute(on=memory == "lean")
     set_weight(training.vae, "decoder.up.0.block.0.conv1.conv.bias", HUGE)  # the norm after it squares it
     bad = bad_place(training)
     assert bad.module == ("vae.decoder" if memory == "lean" else "vae.decoder.up.0.block.0")

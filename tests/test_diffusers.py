@@ -16,13 +16,13 @@ from causalvae.errors import ConfigError
 from causalvae.geometry import Geometry
 from causalvae.losses import LossPlan, build_critic
 from causalvae.models.diffusers import DiffusersVAE, build_diffusers, ignored_settings
-from causalvae.models.diffusers_folder import save_folder
 from causalvae.models.stream import Stream
 from causalvae.train.optim import build_optimizer
 from causalvae.train.predict import LiveBytes, blueprint
 from causalvae.train.state import TrainState
 from causalvae.train.step import StepResult, train_step
 from causalvae.video import crop_frames, pad_frames
+from causalvae.weights.diffusers_folder import save_folder
 
 NAMES = sorted(SETTINGS)
 LOSS = LossPlan(kl_weight=1e-3)

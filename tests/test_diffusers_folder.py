@@ -13,13 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from causalvae.errors import WeightsError
 from causalvae.models.diffusers import build_diffusers, diffusers_config
-from causalvae.models.diffusers_folder import (
-    load_folder,
-    model_folder,
-    read_folder,
-    save_folder,
-    weights_file,
-)
+from causalvae.weights.diffusers_folder import load_folder, save_folder
+from causalvae.weights.load import load_model
 
 NAMES = sorted(SETTINGS)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -60,7 +55,6 @@ def test_a_folder_that_diffusers_wrote_in_shards_is_read(name: str, tmp_path: Pa
         written["weight_map"] |= dict.fromkeys(extra, shard.name)
         (tmp_path / f"{WEIGHTS}.index.json").write_text(json.dumps(written))
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert weights_file(tmp_path).name == f"{WEIGHTS}.index.json"
     ours = load_folder(tmp_path)
     for each, tensor in vae.named_parameters():
         assert torch.equal(ours.get_parameter(each), tensor)
@@ -71,7 +65,7 @@ def test_a_folder_that_diffusers_wrote_in_shards_is_read(name: str, tmp_path: Pa
 def test_weights_in_fewer_bits_become_fp32_with_the_same_values(tmp_path: Path) -> None:
     vae = moved("wan-2.1")
     vae.net.to(torch.bfloat16).save_pretrained(tmp_path)
-    _, tensors = read_folder(tmp_path)
+    tensors = load_model(tmp_path).tensors
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     assert all(torch.equal(tensors[name], p.float()) for name, p in vae.named_parameters())
 
@@ -79,24 +73,17 @@ def test_weights_in_fewer_bits_become_fp32_with_the_same_values(tmp_path: Path) 
 def test_an_average_is_written_in_the_place_of_the_weights(tmp_path: Path) -> None:
     vae, other = moved("cogvideox"), moved("cogvideox", seed=2)
     save_folder(vae, tmp_path, tensors=dict(other.named_parameters()))
-    _, tensors = read_folder(tmp_path)
+    tensors = load_model(tmp_path).tensors
     assert all(torch.equal(tensors[name], p) for name, p in other.named_parameters())
 
 
 def test_the_folder_of_a_pipeline_stands_for_its_vae(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     save_folder(moved("wan-2.1"), tmp_path / "vae")
-    assert model_folder(tmp_path) == tmp_path / "vae"
-    assert model_folder(tmp_path / "vae") == tmp_path / "vae"
-    assert weights_file(tmp_path / "vae") == tmp_path / "vae" / WEIGHTS
-    assert load_folder(tmp_path).config == config_of("wan-2.1")
-
-
-def test_another_folder_is_none_of_diffusers(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"hidden_size": 8}')
-    assert model_folder(tmp_path) is None
-    with pytest.raises(WeightsError, match="not a folder of diffusers"):
-        load_folder(tmp_path)
+    for folder in (tmp_path, tmp_path / "vae"):
+        found = load_model(folder)
+        assert found.config == config_of("wan-2.1")
+        assert found.file.origin.path == tmp_path / "vae" / WEIGHTS
 
 
 Damage = Callable[[Path], Any]

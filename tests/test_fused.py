@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from causalvae import rng
 from causalvae.losses import LossPlan, build_critic
 from causalvae.models.build import build
-from causalvae.models.causalvae import CausalVAE, set_recompute
+from causalvae.models.causalvae import CausalVAE
 from causalvae.models.chains import run_in_chains
 from causalvae.models.convolution import Conv
 from causalvae.models.layers import (
@@ -226,7 +226,7 @@ def training(config: CausalVAEConfig, *, recompute: bool) -> TrainState:
         for name, parameter in vae.named_parameters():
             parameter.add_(0.02 * rng.normal(parameter.shape, rng.key("moved", name)))
     lay_out(vae)
-    set_recompute(vae, on=recompute)
+    vae.set_recompute(on=recompute)
     critic = build_critic("patchgan3d", base=5, ndf=8)
     optimizers = [build_optimizer(net.named_parameters(), kind="adamw", lr=1e-3) for net in (vae, critic)]
     logvar = nn.Parameter(torch.zeros(()), requires_grad=False)
@@ -288,7 +288,7 @@ def test_the_published_layout_keeps_a_small_share_of_the_published_bytes(norm: N
         x = torch.empty(1, 3, 17, 256, 256).contiguous(memory_format=torch.channels_last_3d)
         noise = torch.empty(1, *vae.geometry.latent_shape(17, 256, 256))
         for recompute, share in ((False, 0.27), (True, 0.10)):
-            set_recompute(vae, on=recompute)
+            vae.set_recompute(on=recompute)
             assert kept_bytes(vae, lambda: vae(x, noise)) / x.numel() < share * PUBLISHED
 
 

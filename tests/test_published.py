@@ -14,7 +14,6 @@ from causalvae.errors import ConfigError
 from causalvae.losses import LossPlan, build_critic
 from causalvae.machine import Capability
 from causalvae.models.build import Model, build, shapes, skeleton
-from causalvae.models.causalvae import set_recompute
 from causalvae.models.interpolation import doubled, pull_widened, widened
 from causalvae.models.presets import (
     PARAMETERS,
@@ -164,7 +163,7 @@ def training(name: str, *, recompute: bool = False) -> TrainState:
     vae = build(SMALL[name])
     vae.load_state_dict(published(name).state_dict())
     lay_out(vae)
-    set_recompute(vae, on=recompute)
+    vae.set_recompute(on=recompute)
     critic = build_critic("patchgan3d", base=5, ndf=8)
     optimizers = [build_optimizer(net.named_parameters(), kind="adamw", lr=1e-3) for net in (vae, critic)]
     logvar = nn.Parameter(torch.zeros(()), requires_grad=False)

@@ -124,6 +124,12 @@ class TrainSettings:
 
     load_from_checkpoint: str | None = setting(None, START, none_word="none", on_resume="free",
         help="weights to start from, told apart by content; a run's own checkpoints win over it")
+    weights: Literal["ema", "live"] = setting("ema", START, on_resume="free",
+        help="which weights are taken from a file that has averaged ones too")
+    model_config: str | None = setting(None, START, none_word="none", on_resume="free",
+        help="a published config.json that says what names of weights can't; without, the one beside them")
+    partial: bool = setting(False, START, on_resume="free",
+        help="load what fits into --model by name and shape, and list the rest; else all must fit")
     model: str = setting("causalvae-488", START,
         help="preset when no checkpoint says otherwise; `causalvae models` lists them")
 
@@ -344,6 +350,11 @@ NO_EFFECT: tuple[Rule, ...] = (
         "disc_start disc_weight disc_loss disc_norm lecam_weight r1_weight",
         lambda s: s.disc_type == "none",
         "--disc_type is none",
+    ),
+    (
+        "weights model_config partial",
+        lambda s: s.load_from_checkpoint is None,
+        "there is no --load_from_checkpoint",
     ),
     ("perceptual_weight", lambda s: s.perceptual == "none", "the run has no perceptual term"),
     (

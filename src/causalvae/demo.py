@@ -17,8 +17,7 @@ from causalvae.data.encode import contact_sheet, side_by_side, write_png, write_
 from causalvae.data.sources import open_source
 from causalvae.flags import Given, Resolution
 from causalvae.metrics import psnr
-from causalvae.models.build import build
-from causalvae.models.causalvae import CausalVAE
+from causalvae.models.build import Model, build
 from causalvae.models.presets import PRESETS
 from causalvae.train.samples import reconstruct
 from causalvae.train.trainer import train
@@ -100,7 +99,7 @@ def _write_pictures(folder: Path, clip: Tensor, before: Tensor, after: Tensor) -
 def _text(
     settings: TrainSettings,
     run: Path,
-    vae: CausalVAE,
+    vae: Model,
     clip: Tensor,
     *,
     score: tuple[float, float],

@@ -85,3 +85,7 @@ class VideoVAE(Protocol):
     def forward(self, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Posterior]:
         """Reconstruction and posterior. noise: standard normal in the latent's shape; None takes the mode."""
         ...
+
+    def set_recompute(self, *, on: bool) -> None:
+        """Whether backward runs blocks again in the place of keeping what is inside."""
+        ...

@@ -8,16 +8,27 @@ import torch
 from torch import Tensor, nn
 
 from causalvae import rng
+from causalvae.models import diffusers
 from causalvae.models.causalvae import CausalVAE
+from causalvae.models.diffusers import DiffusersVAE
 from causalvae.models.layers import MIX_INIT, FrameAttention, LayerNorm, ResnetBlock
-from causalvae.models.presets import CausalVAEConfig, ModelConfig, WFVAEConfig
+from causalvae.models.presets import (
+    CausalVAEConfig,
+    DiffusersConfig,
+    ModelConfig,
+    OwnConfig,
+    WFVAEConfig,
+)
 from causalvae.models.start import start_linear
 from causalvae.models.wavelet import Haar, InverseHaar
 from causalvae.models.wfvae import WFVAE
 
-Model = CausalVAE | WFVAE
+Model = CausalVAE | WFVAE | DiffusersVAE
 
-MODELS: dict[type[ModelConfig], Callable[..., Model]] = {CausalVAEConfig: CausalVAE, WFVAEConfig: WFVAE}
+MODELS: dict[type[OwnConfig], Callable[..., CausalVAE | WFVAE]] = {
+    CausalVAEConfig: CausalVAE,
+    WFVAEConfig: WFVAE,
+}
 
 
 @overload
@@ -28,6 +39,8 @@ def build(config: WFVAEConfig, *, seed: int = 0) -> WFVAE: ...
 def build(config: ModelConfig, *, seed: int = 0) -> Model: ...
 def build(config: ModelConfig, *, seed: int = 0) -> Model:
     """A model whose weights are a function of (config, seed), fp32 on the CPU."""
+    if isinstance(config, DiffusersConfig):
+        return diffusers.build_diffusers(config, seed=seed)
     vae = skeleton(config).to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in vae.named_parameters():
@@ -43,7 +56,9 @@ def build(config: ModelConfig, *, seed: int = 0) -> Model:
 
 
 def skeleton(config: ModelConfig) -> Model:
-    """A model on the meta device: names and shapes, and no memory."""
+    """A model whose weights are on the meta device: names and shapes, and no memory."""
+    if isinstance(config, DiffusersConfig):
+        return diffusers.skeleton(config)
     with torch.device("meta"):
         return MODELS[type(config)](config)
 

@@ -5,7 +5,6 @@ space-to-depth and back.
 """
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -246,19 +245,10 @@ class CausalVAE(nn.Module):
         z = posterior.mode() if noise is None else posterior.sample(noise)
         return self.decode(z), posterior
 
+    def set_recompute(self, *, on: bool) -> None:
+        """Keep the input of each block, or of a few layers, in training, and run them again in backward.
 
-@runtime_checkable
-class Recomputing(Protocol):
-    """A network that can keep less in training: an encoder or a decoder."""
-
-    recompute: bool
-
-
-def set_recompute(vae: nn.Module, *, on: bool) -> None:
-    """Keep the input of each block, or of a few layers, in training, and run them again in backward.
-
-    The numbers are the same. Blocks run in chains, so that forward hooks and compiled blocks are passed by.
-    """
-    for module in vae.children():
-        if isinstance(module, Recomputing):
-            module.recompute = on
+        The numbers are the same. Blocks run in chains, so that forward hooks and compiled blocks are passed
+        by.
+        """
+        self.encoder.recompute = self.decoder.recompute = on

@@ -127,144 +127,6 @@ class WFVAEConfig:
         return ""
 
 
-ModelConfig = CausalVAEConfig | WFVAEConfig
-
-CONFIGS: dict[str, type[ModelConfig]] = {"CausalVAEConfig": CausalVAEConfig, "WFVAEConfig": WFVAEConfig}
-
-
-def config_from_dict(kind: str, values: Mapping[str, Any]) -> ModelConfig:  # Any: JSON
-    """The config that a file's header says, with defaults for what it leaves out.
-
-    kind: name of the class. ConfigError for an unknown kind or field, a value of another type, and for what
-    no network can be made of.
-    """
-    if kind not in CONFIGS:
-        raise ConfigError(f"{kind!r} is no kind of model that is known here: {', '.join(CONFIGS)}")
-    types = {field.name: field.type for field in fields(CONFIGS[kind])}
-    unknown = [name for name in values if name not in types]
-    if unknown:
-        raise ConfigError(f"{kind} has no field {', '.join(map(repr, unknown[:3]))}; a newer version may")
-    taken = {name: _of_type(types[name], value, name=name) for name, value in values.items()}
-    config = CONFIGS[kind](**taken)
-    check(config)
-    return config
-
-
-def _of_type(wanted: Any, value: object, *, name: str) -> Any:  # Any: a type and a value of it
-    """The value if it has the type of the field; a list for a tuple."""
-    if get_origin(wanted) is Literal:
-        fits = isinstance(value, str) and value in get_args(wanted)
-    elif wanted in (int, bool):
-        fits = type(value) is wanted
-    elif value is None:
-        fits = type(None) in get_args(wanted)
-    elif get_origin(wanted) is tuple or wanted == tuple[int, ...] | None:
-        fits = isinstance(value, list | tuple) and all(type(each) is int for each in value)
-        value = tuple(value) if isinstance(value, list | tuple) else value
-    else:  # int | None
-        fits = type(value) is int
-    if not fits:
-        raise ConfigError(f"{name} of a model can't be {value!r}")
-    return value
-
-
-def check(config: ModelConfig) -> None:
-    """ConfigError if no network can be made of this, or none that anybody has memory for."""
-    problem = _problem(config)
-    if problem is not None:
-        raise ConfigError(f"no model can be made of this config: {problem}")
-
-
-def _problem(config: ModelConfig) -> str | None:
-    for field in fields(config):
-        value = getattr(config, field.name)
-        most = MOST_BLOCKS if field.name.endswith("_blocks") else MOST_CHANNELS
-        least = 0 if field.name in ("flat_levels", "num_res_blocks", "connect_res_blocks") else 1
-        if type(value) is int and not least <= value <= most:
-            return f"{field.name} {value} is not in {least}...{most}"
-    if isinstance(config, WFVAEConfig):
-        return None
-    levels = range(len(config.hidden_size_mult))
-    if not 1 <= len(levels) <= MOST_LEVELS:
-        return f"it has {len(levels)} levels, not 1...{MOST_LEVELS}"
-    if not all(1 <= width <= MOST_CHANNELS for width in config.widths):
-        return f"its levels have {config.widths} channels, not 1...{MOST_CHANNELS}"
-    return _problem_of_levels(config, levels=levels)
-
-
-def _problem_of_levels(config: CausalVAEConfig, *, levels: range) -> str | None:
-    space, time, ups = config.spatial_levels, config.temporal_levels, config.decoder_temporal_levels
-    if not all(level in levels[:-1] for level in (*space, *time)) or not set(ups) <= set(levels[1:]):
-        return f"levels {space} of space and {time}, {ups} of time are not all between two levels"
-    if any(len(set(each)) < len(each) for each in (space, time, ups)) or len(ups) != len(time):
-        return f"levels {space} of space and {time}, {ups} of time: one comes twice, or has no counterpart"
-    if config.norm != "channel" and any(width % GROUPS for width in (config.hidden_size, *config.widths)):
-        return f"GroupNorm needs multiples of {GROUPS} channels, not {config.hidden_size}, {config.widths}"
-    joint = config.resampling == "shuffle" or config.temporal == "joint"
-    if joint and not (set(time) <= set(space) and {level - 1 for level in ups} <= set(space)):
-        return f"time is halved together with space, so {time} and {ups} have to be levels of space"
-    if config.resampling == "shuffle" and config.temporal_ups is not None:
-        return "temporal_ups is for `conv` resampling only"
-    if config.embed_dim is not None and not (config.quant and config.resampling == "conv"):
-        return "embed_dim needs the convolutions of `quant`"
-    return None
-
-
-# Space-to-depth at every level, norms at each position: streams and tiles exactly.
-SWIFT = CausalVAEConfig(
-    hidden_size=96,
-    hidden_size_mult=(1, 2, 4),
-    num_res_blocks=3,
-    z_channels=16,
-    spatial_levels=(0, 1),
-    temporal_levels=(0, 1),
-    norm="channel",
-    resampling="shuffle",
-    stem=2,
-    attention=False,
-)
-TINY = replace(SWIFT, hidden_size=32, num_res_blocks=1)
-V1_0 = CausalVAEConfig(
-    norm="clip",
-    temporal="pool",
-    temporal_levels=(0, 1),
-    temporal_ups=(2, 3),
-    flat_conv_in=False,
-    flat_levels=0,
-    flat_downsample=False,
-    mixing_attention=True,
-)
-
-PRESETS: dict[str, ModelConfig] = {
-    "causalvae-488": CausalVAEConfig(),
-    "causalvae-488-16ch": CausalVAEConfig(z_channels=16),
-    "swift-488": SWIFT,
-    "small": replace(SWIFT, hidden_size=48, num_res_blocks=2),
-    "tiny": TINY,
-    "osp-v1.0": V1_0,  # the levels of its released weights; those of its class are (1, 2)
-    "osp-v1.1": CausalVAEConfig(norm="clip"),
-    "osp-v1.2": CausalVAEConfig(norm="clip", temporal="joint"),
-    "wfvae-4": WFVAEConfig(z_channels=4),
-    "wfvae-8": WFVAEConfig(),
-    "wfvae-16": WFVAEConfig(base_channels=192, z_channels=16),
-}
-
-# Trainable values of each; counting them takes torch.
-PARAMETERS = {
-    "causalvae-488": 246_859_499,
-    "causalvae-488-16ch": 247_358_423,
-    "swift-488": 96_616_268,
-    "small": 19_072_316,
-    "tiny": 6_216_844,
-    "osp-v1.0": 229_169_895,
-    "osp-v1.1": 246_859_499,
-    "osp-v1.2": 239_189_991,
-    "wfvae-4": 146_496_708,
-    "wfvae-8": 146_662_604,
-    "wfvae-16": 317_081_244,
-}
-
-
 @dataclass(frozen=True, kw_only=True)
 class DiffusersConfig:
     """A video VAE of the diffusers library.
@@ -335,4 +197,143 @@ DIFFUSERS_GEOMETRY = {
     "AutoencoderKLLTXVideo": _ltx,
     "AutoencoderKLMochi": _mochi,
     "AutoencoderKLCosmos": _given,
+}
+
+
+OwnConfig = CausalVAEConfig | WFVAEConfig
+ModelConfig = OwnConfig | DiffusersConfig
+
+CONFIGS: dict[str, type[OwnConfig]] = {"CausalVAEConfig": CausalVAEConfig, "WFVAEConfig": WFVAEConfig}
+
+
+def config_from_dict(kind: str, values: Mapping[str, Any]) -> OwnConfig:  # Any: JSON
+    """The config that a file's header says, with defaults for what it leaves out.
+
+    kind: name of the class. ConfigError for an unknown kind or field, a value of another type, and for what
+    no network can be made of.
+    """
+    if kind not in CONFIGS:
+        raise ConfigError(f"{kind!r} is no kind of model that is known here: {', '.join(CONFIGS)}")
+    types = {field.name: field.type for field in fields(CONFIGS[kind])}
+    unknown = [name for name in values if name not in types]
+    if unknown:
+        raise ConfigError(f"{kind} has no field {', '.join(map(repr, unknown[:3]))}; a newer version may")
+    taken = {name: _of_type(types[name], value, name=name) for name, value in values.items()}
+    config = CONFIGS[kind](**taken)
+    check(config)
+    return config
+
+
+def _of_type(wanted: Any, value: object, *, name: str) -> Any:  # Any: a type and a value of it
+    """The value if it has the type of the field; a list for a tuple."""
+    if get_origin(wanted) is Literal:
+        fits = isinstance(value, str) and value in get_args(wanted)
+    elif wanted in (int, bool):
+        fits = type(value) is wanted
+    elif value is None:
+        fits = type(None) in get_args(wanted)
+    elif get_origin(wanted) is tuple or wanted == tuple[int, ...] | None:
+        fits = isinstance(value, list | tuple) and all(type(each) is int for each in value)
+        value = tuple(value) if isinstance(value, list | tuple) else value
+    else:  # int | None
+        fits = type(value) is int
+    if not fits:
+        raise ConfigError(f"{name} of a model can't be {value!r}")
+    return value
+
+
+def check(config: OwnConfig) -> None:
+    """ConfigError if no network can be made of this, or none that anybody has memory for."""
+    problem = _problem(config)
+    if problem is not None:
+        raise ConfigError(f"no model can be made of this config: {problem}")
+
+
+def _problem(config: OwnConfig) -> str | None:
+    for field in fields(config):
+        value = getattr(config, field.name)
+        most = MOST_BLOCKS if field.name.endswith("_blocks") else MOST_CHANNELS
+        least = 0 if field.name in ("flat_levels", "num_res_blocks", "connect_res_blocks") else 1
+        if type(value) is int and not least <= value <= most:
+            return f"{field.name} {value} is not in {least}...{most}"
+    if isinstance(config, WFVAEConfig):
+        return None
+    levels = range(len(config.hidden_size_mult))
+    if not 1 <= len(levels) <= MOST_LEVELS:
+        return f"it has {len(levels)} levels, not 1...{MOST_LEVELS}"
+    if not all(1 <= width <= MOST_CHANNELS for width in config.widths):
+        return f"its levels have {config.widths} channels, not 1...{MOST_CHANNELS}"
+    return _problem_of_levels(config, levels=levels)
+
+
+def _problem_of_levels(config: CausalVAEConfig, *, levels: range) -> str | None:
+    space, time, ups = config.spatial_levels, config.temporal_levels, config.decoder_temporal_levels
+    if not all(level in levels[:-1] for level in (*space, *time)) or not set(ups) <= set(levels[1:]):
+        return f"levels {space} of space and {time}, {ups} of time are not all between two levels"
+    if any(len(set(each)) < len(each) for each in (space, time, ups)) or len(ups) != len(time):
+        return f"levels {space} of space and {time}, {ups} of time: one comes twice, or has no counterpart"
+    if config.norm != "channel" and any(width % GROUPS for width in (config.hidden_size, *config.widths)):
+        return f"GroupNorm needs multiples of {GROUPS} channels, not {config.hidden_size}, {config.widths}"
+    joint = config.resampling == "shuffle" or config.temporal == "joint"
+    if joint and not (set(time) <= set(space) and {level - 1 for level in ups} <= set(space)):
+        return f"time is halved together with space, so {time} and {ups} have to be levels of space"
+    if config.resampling == "shuffle" and config.temporal_ups is not None:
+        return "temporal_ups is for `conv` resampling only"
+    if config.embed_dim is not None and not (config.quant and config.resampling == "conv"):
+        return "embed_dim needs the convolutions of `quant`"
+    return None
+
+
+# Space-to-depth at every level, norms at each position: streams and tiles exactly.
+SWIFT = CausalVAEConfig(
+    hidden_size=96,
+    hidden_size_mult=(1, 2, 4),
+    num_res_blocks=3,
+    z_channels=16,
+    spatial_levels=(0, 1),
+    temporal_levels=(0, 1),
+    norm="channel",
+    resampling="shuffle",
+    stem=2,
+    attention=False,
+)
+TINY = replace(SWIFT, hidden_size=32, num_res_blocks=1)
+V1_0 = CausalVAEConfig(
+    norm="clip",
+    temporal="pool",
+    temporal_levels=(0, 1),
+    temporal_ups=(2, 3),
+    flat_conv_in=False,
+    flat_levels=0,
+    flat_downsample=False,
+    mixing_attention=True,
+)
+
+PRESETS: dict[str, OwnConfig] = {
+    "causalvae-488": CausalVAEConfig(),
+    "causalvae-488-16ch": CausalVAEConfig(z_channels=16),
+    "swift-488": SWIFT,
+    "small": replace(SWIFT, hidden_size=48, num_res_blocks=2),
+    "tiny": TINY,
+    "osp-v1.0": V1_0,  # the levels of its released weights; those of its class are (1, 2)
+    "osp-v1.1": CausalVAEConfig(norm="clip"),
+    "osp-v1.2": CausalVAEConfig(norm="clip", temporal="joint"),
+    "wfvae-4": WFVAEConfig(z_channels=4),
+    "wfvae-8": WFVAEConfig(),
+    "wfvae-16": WFVAEConfig(base_channels=192, z_channels=16),
+}
+
+# Trainable values of each; counting them takes torch.
+PARAMETERS = {
+    "causalvae-488": 246_859_499,
+    "causalvae-488-16ch": 247_358_423,
+    "swift-488": 96_616_268,
+    "small": 19_072_316,
+    "tiny": 6_216_844,
+    "osp-v1.0": 229_169_895,
+    "osp-v1.1": 246_859_499,
+    "osp-v1.2": 239_189_991,
+    "wfvae-4": 146_496_708,
+    "wfvae-8": 146_662_604,
+    "wfvae-16": 317_081_244,
 }

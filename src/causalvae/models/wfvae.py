@@ -193,3 +193,11 @@ class WFVAE(nn.Module):
         posterior = self.encode(x)
         z = posterior.mode() if noise is None else posterior.sample(noise)
         return self.decode(z), posterior
+
+    def set_recompute(self, *, on: bool) -> None:
+        """Keep the input of each block, or of a few layers, in training, and run them again in backward.
+
+        The numbers are the same. Blocks run in chains, so that forward hooks and compiled blocks are passed
+        by.
+        """
+        self.encoder.recompute = self.decoder.recompute = on

@@ -10,14 +10,14 @@ from causalvae.data.clips import ClipPlan, center_clip
 from causalvae.data.sources import ClipSource
 from causalvae.errors import ConfigError, VideoError
 from causalvae.metrics import psnr
-from causalvae.models.causalvae import CausalVAE
+from causalvae.models.build import Model
 from causalvae.train.samples import reconstruct
 
 MAX_CLIPS = 256  # the first videos of the source, one clip each
 
 
 def evaluate_held_out(
-    vae: CausalVAE, source: ClipSource, plan: ClipPlan, *, weights: Mapping[str, Tensor]
+    vae: Model, source: ClipSource, plan: ClipPlan, *, weights: Mapping[str, Tensor]
 ) -> dict[str, Any]:  # Any: JSON
     """PSNR of the reconstruction by the posterior's mode, clip by clip and the mean of them, in dB.
 

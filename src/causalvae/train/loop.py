@@ -24,7 +24,6 @@ from causalvae.errors import RunError
 from causalvae.flags import flags_of, to_text
 from causalvae.geometry import Geometry
 from causalvae.losses import LossPlan
-from causalvae.models.causalvae import set_recompute
 from causalvae.rundir import Checkpoint, RunDir, damage
 from causalvae.train.compiling import back_to_eager, compile_errors, uncompiled
 from causalvae.train.debug import BadPlace, Watch
@@ -189,7 +188,7 @@ def _plan_smaller(training: Training, error: RuntimeError, *, clips: int) -> Non
         ) from error
     training.step_plan = plan
     training.state.kept |= {"parts": plan.parts, "recompute": plan.recompute}
-    set_recompute(training.state.vae, on=plan.recompute)
+    training.state.vae.set_recompute(on=plan.recompute)
     training.log.warn(f"there was not enough memory, the step is done again. {plan.sentence()}")
 
 

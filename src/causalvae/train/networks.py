@@ -3,9 +3,8 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,9 +14,9 @@ from causalvae import rng
 from causalvae.config import TrainSettings, warmup_steps
 from causalvae.losses import LossPlan, build_critic
 from causalvae.machine import Machine, available_bytes, hand_back_memory, home
-from causalvae.models.build import build
-from causalvae.models.causalvae import CausalVAE, set_recompute
-from causalvae.models.presets import PRESETS, CausalVAEConfig
+from causalvae.models.build import Model, build
+from causalvae.models.diffusers import DiffusersVAE
+from causalvae.models.presets import PRESETS
 from causalvae.rundir import MANIFEST, Checkpoint
 from causalvae.train.convolutions import (
     Checked,
@@ -27,24 +26,38 @@ from causalvae.train.convolutions import (
     shapes_of_run,
 )
 from causalvae.train.optim import build_optimizer
-from causalvae.train.parts import clip_plan
+from causalvae.train.parts import clip_plan, load_start
 from causalvae.train.plan import StepPlan, plan_step
 from causalvae.train.precision import Precision, first_loss_scale, lower
 from causalvae.train.predict import blueprint
 from causalvae.train.stability import LevelOff
 from causalvae.train.state import TrainState, read_counters
-from causalvae.weights.read import Origin, find_weights, read_header, read_model
+from causalvae.weights.load import Loaded, own_config
+from causalvae.weights.names import differences
+from causalvae.weights.read import find_weights
 
 
 @dataclass(frozen=True)
 class Built:
-    """What a run is made of. notes: lines for the log; warnings: what to warn of."""
+    """What a run is made of. weights: what was loaded, for run.json (Any: JSON). notes: lines for the log;
+    warnings: what to warn of.
+    """
 
     state: TrainState
-    origin: Origin | None
+    weights: dict[str, Any] | None
     plan: StepPlan
     notes: list[str]
     warnings: list[str]
+
+
+@dataclass(frozen=True)
+class _First:
+    """An autoencoder with its first weights. facts: what was loaded (Any: JSON). critic: its tensors."""
+
+    vae: Model
+    facts: dict[str, Any] | None
+    critic: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    notes: tuple[str, ...] = ()
 
 
 def build_state(
@@ -52,23 +65,25 @@ def build_state(
     device: torch.device,
     *,
     start: Checkpoint | None,
+    loaded: Loaded | None,
     precision: Precision,
     loss: LossPlan,
     scaled: bool,
 ) -> Built:
     """Networks, averages and optimisers, from the start or as the checkpoint has them.
 
-    scaled: a loss scale was asked for.
+    loaded: the weights that a new run starts from, if they were read. scaled: a loss scale was asked for.
     """
-    vae, origin = _autoencoder(settings, start=start)
-    vae, critic = vae.to(device), _critic(settings, device)
+    first = _autoencoder(settings, start=start, loaded=loaded)
+    vae, critic = first.vae.to(device), _critic(settings, device)
+    notes = [*first.notes, *_judge(critic, first.critic, settings.load_from_checkpoint)]
     lay_out(vae)
     names = _learning(vae, settings.train_parts)
     kept = read_counters(start.path) if start is not None else {}
     plan = _step_plan(settings, vae, critic, precision=precision, loss=loss, kept=kept)
     if plan.tight:
         hand_back_memory()
-    set_recompute(vae, on=plan.recompute)
+    vae.set_recompute(on=plan.recompute)
     ema = {name: p.detach().clone() for name, p in vae.named_parameters()} if settings.use_ema else {}
     marks = {"parts": plan.parts, "recompute": plan.recompute, "batches": _batch_shapes(settings)}
     checked = _check_convolutions(settings, vae, critic, precision=precision, parts=plan.parts, kept=kept)
@@ -80,31 +95,48 @@ def build_state(
         state.critic_scale = first_loss_scale(precision, **how) if critic is not None else None
     if start is not None:
         state.load(start.path)
-    said = [line for line in (plan.sentence(), checked.message) if line]
-    warnings = list(checked.notes)
+    said = [line for line in (*notes, plan.sentence(), checked.message) if line]
+    warnings = [*checked.notes, *_limits(settings, vae, precision)]
     if scaled and precision.level == "O0":
         warnings.append(
             "--init_loss_scale has no effect: the run computes in fp32, which needs no loss scale"
         )
-    return Built(state, origin, plan, said, warnings)
+    return Built(state, first.facts, plan, said, warnings)
 
 
-def _autoencoder(settings: TrainSettings, *, start: Checkpoint | None) -> tuple[CausalVAE, Origin | None]:
+def _autoencoder(settings: TrainSettings, *, start: Checkpoint | None, loaded: Loaded | None) -> _First:
     """The model with its first weights, and whose they are; those of a checkpoint are read with its state."""
-    config, tensors, origin = PRESETS[settings.model], None, None
     if start is not None:
-        config, origin = _model_of(start)
-    elif settings.load_from_checkpoint is not None:
-        config, tensors, origin = read_model(Path(settings.load_from_checkpoint))
-    vae = build(config, seed=settings.seed)
-    if tensors is not None:
-        vae.load_state_dict(tensors, strict=True)
-    return vae, origin
+        file = find_weights(start.path)
+        kind, config = own_config(file)
+        manifest = json.loads((start.path / MANIFEST).read_text())
+        facts = {"file": str(file), "sha256": manifest["files"][file.name]["sha256"], "model": kind}
+        return _First(build(config, seed=settings.seed), facts)
+    loaded = loaded or load_start(settings)
+    if loaded is None:
+        return _First(build(PRESETS[settings.model], seed=settings.seed), None)
+    vae = build(loaded.config, seed=settings.seed)
+    vae.load_state_dict(vae.state_dict() | loaded.tensors, strict=True)
+    return _First(vae, loaded.facts(), loaded.critic, loaded.notes)
+
+
+def _judge(critic: nn.Module | None, found: Mapping[str, Tensor], given: str | None) -> tuple[str, ...]:
+    """Give the critic the weights that the file has for it, if they fit; a note of what became of them."""
+    if not found or critic is None:
+        return ()
+    own = critic.state_dict()
+    counts = {name for name in own if name.endswith("num_batches_tracked")}  # MindSpore has none
+    shapes = {name: tuple(t.shape) for name, t in found.items()}
+    text = differences({n: tuple(t.shape) for n, t in own.items() if n in found or n not in counts}, shapes)
+    if text:
+        return (f"the critic in {given} is another than this run's, so it begins anew: {text}",)
+    critic.load_state_dict(own | dict(found), strict=True)
+    return (f"the critic's weights are those of {given} too",)
 
 
 def _trained(
     settings: TrainSettings,
-    vae: CausalVAE,
+    vae: Model,
     critic: nn.Module | None,
     *,
     ema: dict[str, Tensor],
@@ -152,9 +184,21 @@ def _batch_shapes(settings: TrainSettings) -> list[tuple[int, ...]]:
     return [(plan.batch, 3, frames, *size) for frames, size in plan.shapes()]
 
 
+def _limits(settings: TrainSettings, vae: Model, precision: Precision) -> list[str]:
+    """What a model of diffusers does otherwise than was asked for."""
+    if not isinstance(vae, DiffusersVAE):
+        return []
+    said: list[str] = []
+    if precision.level in ("O2", "O3"):
+        said.append(f"--amp_level {precision.level} is O1 here: diffusers' models keep their weights in fp32")
+    if settings.jit_level != "O0":
+        said.append(f"--jit_level {settings.jit_level} has no effect: diffusers' models run eager")
+    return said
+
+
 def _step_plan(
     settings: TrainSettings,
-    vae: CausalVAE,
+    vae: Model,
     critic: nn.Module | None,
     *,
     precision: Precision,
@@ -190,7 +234,7 @@ def _as_now(kept: Mapping[str, Any], settings: TrainSettings) -> bool:
 
 def _check_convolutions(
     settings: TrainSettings,
-    vae: CausalVAE,
+    vae: Model,
     critic: nn.Module | None,
     *,
     precision: Precision,
@@ -222,13 +266,6 @@ def _check_convolutions(
     )
 
 
-def _model_of(start: Checkpoint) -> tuple[CausalVAEConfig, Origin]:
-    """Config and origin of a checkpoint's weights by header and manifest; TrainState reads the tensors."""
-    file = find_weights(start.path)
-    manifest = json.loads((start.path / MANIFEST).read_text())
-    return read_header(file), Origin(file, manifest["files"][file.name]["sha256"], file.stem)
-
-
 def lay_out(module: nn.Module) -> None:
     """Lay out the weights of 3D convolutions with channels last, where their kernels are fastest.
 
@@ -246,13 +283,14 @@ def _critic(settings: TrainSettings, device: torch.device) -> nn.Module | None:
     return build_critic(settings.disc_type, base=base, norm=settings.disc_norm).to(device)
 
 
-def _learning(vae: CausalVAE, parts: Literal["all", "decoder", "encoder"]) -> set[str]:
+def _learning(vae: Model, parts: Literal["all", "decoder", "encoder"]) -> set[str]:
     """Names of the parameters that learn; the others are frozen.
 
     The last layer keeps its gradient: the adaptive weight is measured at it.
     """
     frozen = {"all": (), "decoder": ("encoder.", "quant_conv."), "encoder": ("decoder.", "post_quant_conv.")}
-    names = {name for name, _ in vae.named_parameters() if not name.startswith(frozen[parts])}
+    own = {name: name.removeprefix("net.") for name, _ in vae.named_parameters()}
+    names = {name for name, inner in own.items() if not inner.startswith(frozen[parts])}
     for name, parameter in vae.named_parameters():
         parameter.requires_grad_(name in names)
     vae.last_layer.get_parameter("weight").requires_grad_(True)

@@ -17,22 +17,23 @@ import causalvae
 from causalvae.config import TrainSettings, changed_mathematics, continued
 from causalvae.data.clips import ClipPlan
 from causalvae.data.sources import ClipSource
-from causalvae.errors import ConfigError, RunError
+from causalvae.errors import ConfigError, RunError, WeightsError
 from causalvae.flags import read_settings
 from causalvae.losses import LossPlan
 from causalvae.machine import Machine, capability, environment, torch_facts
+from causalvae.models.presets import PRESETS
 from causalvae.perceptual import Perceptual, Shelf, build_perceptual, refuse_change
 from causalvae.rundir import Checkpoint, RunDir, damage
 from causalvae.train.precision import Precision
 from causalvae.train.replay import is_replay
 from causalvae.train.state import read_counters
-from causalvae.weights.read import Origin, find_weights, read_header
+from causalvae.weights.load import Loaded, load_model
 
 
-def check_start(settings: TrainSettings, path: Path) -> None:
-    """Look at what a new run in `path` would start from, so that a mistake there leaves no folder behind."""
+def check_start(settings: TrainSettings, path: Path) -> Loaded | None:
+    """The weights that a new run in `path` starts from, read first, so that a mistake leaves no folder."""
     if (path / "checkpoints").exists():
-        return
+        return None
     if settings.mode == 2 and settings.load_from_checkpoint is None:
         raise ConfigError(
             f"--mode 2 evaluates a checkpoint, and {path} has none; give the --exp_name and --output_dir of "
@@ -40,8 +41,40 @@ def check_start(settings: TrainSettings, path: Path) -> None:
         )
     if settings.resume not in ("auto", "never"):
         _checkpoint_at(Path(settings.resume))
-    elif settings.load_from_checkpoint is not None:
-        read_header(find_weights(Path(settings.load_from_checkpoint)))
+        return None
+    loaded = load_start(settings)
+    if loaded is not None:
+        _refuse_odd_sizes(settings, loaded)
+    return loaded
+
+
+def load_start(settings: TrainSettings) -> Loaded | None:
+    """The weights that a new run starts from; None where it is seeded random ones."""
+    if settings.load_from_checkpoint is None:
+        return None
+    path = Path(settings.load_from_checkpoint)
+    if not path.exists():
+        raise ConfigError(
+            f"--load_from_checkpoint {path}: there is no such file. Leave the flag out to start from seeded "
+            "random weights, make a first checkpoint with `causalvae init`, or name anybody's weights"
+        )
+    model_config = None if settings.model_config is None else Path(settings.model_config)
+    target = PRESETS[settings.model] if settings.partial else None
+    try:
+        return load_model(path, prefer=settings.weights, model_config=model_config, partial=target)
+    except WeightsError as error:
+        raise WeightsError(f"--load_from_checkpoint {error}") from error
+
+
+def _refuse_odd_sizes(settings: TrainSettings, loaded: Loaded) -> None:
+    """ConfigError unless the loaded model's spatial factor divides every size; `--model` may have another."""
+    factor = loaded.config.geometry.spatial
+    for _, size in clip_plan(settings).shapes():
+        if any(side % factor for side in size):
+            raise ConfigError(
+                f"--resolution {size[0]}x{size[1]}: height and width must be multiples of {factor} for "
+                f"{loaded.family}, which --load_from_checkpoint holds"
+            )
 
 
 def starting_point(
@@ -195,7 +228,11 @@ def loss_plan(settings: TrainSettings, perceptual: Perceptual | None) -> LossPla
 
 
 def run_facts(
-    source: ClipSource, origin: Origin | None, *, perceptual: Perceptual | None, precision: Precision
+    source: ClipSource,
+    weights: Mapping[str, Any] | None,
+    *,
+    perceptual: Perceptual | None,
+    precision: Precision,
 ) -> dict[str, Any]:  # Any: JSON
     """What a run stands on: versions, machine, data and weights."""
     return {
@@ -206,7 +243,7 @@ def run_facts(
         "environment": environment(os.environ),
         **precision.facts(),
         "deterministic": True,
-        "weights": None if origin is None else {"file": str(origin.path), "sha256": origin.sha256},
+        "weights": weights,
         "perceptual": None if perceptual is None else perceptual.facts(),
         "dataset": {"name": source.name, "videos": len(source), "fingerprint": source.fingerprint},
     }

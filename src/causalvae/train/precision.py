@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from causalvae.errors import ConfigError
 from causalvae.machine import Capability
+from causalvae.models.diffusers import DiffusersVAE
 from causalvae.train.convolutions import convolutions
 from causalvae.train.optim import LossScale, MasterWeights
 
@@ -117,14 +118,11 @@ def lower(network: nn.Module, precision: Precision, *, keep: Collection[str] = (
     """
     if precision.level == "O0":
         return None
+    if isinstance(network, DiffusersVAE):
+        network.arithmetic = precision.numbers
+        return None
     everything = precision.level == "O3"
-    low: list[str] = []
-    for name, module in convolutions(network).items():
-        if name not in keep:
-            module.arithmetic = precision.numbers
-            low += [f"{name}.{own}" for own, _ in module.named_parameters(recurse=False)]
-        elif everything:
-            module.arithmetic = torch.float32
+    low = _lower_convolutions(network, precision, keep=keep)
     if everything:
         low = [name for name, _ in network.named_parameters()]
         for module in network.modules():
@@ -135,6 +133,18 @@ def lower(network: nn.Module, precision: Precision, *, keep: Collection[str] = (
     if precision.level == "O1":
         return None
     return MasterWeights(network, names=low, numbers=precision.numbers, remember=not everything)
+
+
+def _lower_convolutions(network: nn.Module, precision: Precision, *, keep: Collection[str]) -> list[str]:
+    """Have convolutions compute in fewer bits; names of the parameters of those that do."""
+    low: list[str] = []
+    for name, module in convolutions(network).items():
+        if name not in keep:
+            module.arithmetic = precision.numbers
+            low += [f"{name}.{own}" for own, _ in module.named_parameters(recurse=False)]
+        elif precision.level == "O3":
+            module.arithmetic = torch.float32
+    return low
 
 
 def _lower_statistics(module: nn.Module, numbers: torch.dtype) -> None:

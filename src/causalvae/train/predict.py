@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from causalvae.losses import LossPlan
-from causalvae.models.causalvae import CausalVAE, set_recompute
+from causalvae.models.build import Model
 from causalvae.train.optim import MasterWeights, OptimizerKind, named
 from causalvae.train.state import TrainState
 from causalvae.train.step import train_step
@@ -66,7 +66,7 @@ def step_bytes(
     """
     with LiveBytes() as live:
         twin = _twin(state, moments=MOMENTS[optimizer])
-        set_recompute(twin.vae, on=recompute)
+        twin.vae.set_recompute(on=recompute)
         if isinstance(loss.perceptual, nn.Module):
             loss = replace(loss, perceptual=on_meta(loss.perceptual))
         at_rest = live.bytes
@@ -81,7 +81,7 @@ def step_bytes(
 
 
 def blueprint(
-    vae: CausalVAE,
+    vae: Model,
     critic: nn.Module | None,
     *,
     ema: bool = True,

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.func import functional_call
 
 from causalvae.data.encode import contact_sheet, side_by_side, write_png, write_video
-from causalvae.models.causalvae import CausalVAE
+from causalvae.models.build import Model
 from causalvae.video import crop_frames, pad_frames, to_model, to_uint8
 
 
 @torch.no_grad()
-def reconstruct(vae: CausalVAE, pixels: Tensor, *, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+def reconstruct(vae: Model, pixels: Tensor, *, weights: Mapping[str, Tensor] | None = None) -> Tensor:
     """uint8 3 t h w -> the reconstruction by the posterior's mode, uint8 3 t h w.
 
     weights: parameters to use instead of the model's.
@@ -28,7 +28,7 @@ def reconstruct(vae: CausalVAE, pixels: Tensor, *, weights: Mapping[str, Tensor]
 
 
 def write_samples(
-    folder: Path, step: int, *, vae: CausalVAE, clips: Sequence[Tensor], weights: Mapping[str, Tensor]
+    folder: Path, step: int, *, vae: Model, clips: Sequence[Tensor], weights: Mapping[str, Tensor]
 ) -> list[Path]:
     """A film of original and reconstruction beside each other for each clip, and one picture of all of them.
 

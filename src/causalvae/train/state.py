@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from causalvae.errors import RunError, WeightsError
-from causalvae.models.causalvae import CausalVAE
+from causalvae.models.build import Model
 from causalvae.train.optim import (
     LossScale,
     MasterWeights,
@@ -56,7 +56,7 @@ class TrainState:
     kept: how a step computes, which rounding depends on, as `train.networks` keeps it for a run that goes on.
     """
 
-    vae: CausalVAE
+    vae: Model
     ema: dict[str, Tensor]
     critic: nn.Module | None
     logvar: nn.Parameter
@@ -98,7 +98,7 @@ class TrainState:
         config = model_metadata(self.vae)
         _write(folder / "model.safetensors", _weights(self.vae, self.masters), config)
         if self.ema:
-            _write(folder / "ema.safetensors", self.ema, config)
+            _write(folder / "ema.safetensors", dict(self.vae.named_buffers()) | self.ema, config)
         moments = _prefixed("vae.", optimizer_tensors(self.optimizer))
         if self.critic is not None and self.critic_optimizer is not None:
             _write(folder / "discriminator.safetensors", _weights(self.critic, self.critic_masters), {})
@@ -117,8 +117,10 @@ class TrainState:
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, bit for bit. WeightsError if it is not of these networks."""
         _load(self.vae, folder / "model.safetensors", self.masters)
+        buffers = {name for name, _ in self.vae.named_buffers()}  # constants
         if self.ema:
-            _copy_all(self.ema, read_safetensors(folder / "ema.safetensors"))
+            kept = read_safetensors(folder / "ema.safetensors")
+            _copy_all(self.ema, {name: t for name, t in kept.items() if name not in buffers})
         moments = read_safetensors(folder / "optimizer.safetensors")
         self.logvar.copy_(moments["logvar"])
         load_optimizer_tensors(self.optimizer, _under("vae.", moments))
@@ -159,7 +161,7 @@ def read_counters(folder: Path) -> dict[str, Any]:  # Any: JSON
     return json.loads((folder / "state.json").read_text())
 
 
-def model_metadata(vae: CausalVAE) -> dict[str, str]:
+def model_metadata(vae: Model) -> dict[str, str]:
     """What a file of weights says about its model, in the safetensors header."""
     return {"format": "pt", MODEL_KEY: type(vae.config).__name__, CONFIG_KEY: json.dumps(asdict(vae.config))}
 

@@ -25,7 +25,7 @@ from causalvae.losses import (
     kl_loss,
 )
 from causalvae.models.base import Posterior
-from causalvae.models.causalvae import CausalVAE
+from causalvae.models.build import Model
 from causalvae.train.optim import LossScale, MasterWeights, clip_gradients, unscale
 from causalvae.train.state import TrainState
 from causalvae.video import at_least_fp32, crop_frames, pad_frames
@@ -112,7 +112,7 @@ def _follow(scale: LossScale | None, *, finite: bool) -> None:
 
 
 def _forward(
-    vae: CausalVAE, x: Sequence[Tensor], noise: Sequence[Tensor], *, frames: int, graph: bool
+    vae: Model, x: Sequence[Tensor], noise: Sequence[Tensor], *, frames: int, graph: bool
 ) -> _Forward:
     recons: list[Tensor] = []
     posteriors: list[Posterior] = []
@@ -125,7 +125,7 @@ def _forward(
 
 
 @contextmanager
-def _only_last_layer_learning(vae: CausalVAE) -> Iterator[None]:
+def _only_last_layer_learning(vae: Model) -> Iterator[None]:
     """The graph starts at the last layer: only its input is kept, and its weight's gradient can be asked."""
     learning = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     for parameter in learning:

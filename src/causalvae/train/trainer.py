@@ -44,6 +44,7 @@ from causalvae.train.precision import Precision
 from causalvae.train.replay import read_replay
 from causalvae.train.runlog import RunLog
 from causalvae.train.signals import StopRequest, stop_on_signal
+from causalvae.weights.load import Loaded
 
 NUM_SAMPLES = 2  # fixed clips that are reconstructed at every save
 
@@ -69,6 +70,7 @@ class _Asked:
     held_out: ClipSource | None
     perceptual: Perceptual | None
     precision: Precision
+    loaded: Loaded | None
     stop: StopRequest
 
 
@@ -86,7 +88,7 @@ def train(
     source = open_source(settings.video_path)
     held_out = open_source(settings.eval_video_path) if settings.eval_video_path is not None else None
     path = run_path(settings.output_dir, settings.exp_name)
-    check_start(settings, path)
+    loaded = check_start(settings, path)
     began = facts_before(settings, path)
     perceptual, more = find_perceptual(settings, path, began=began)
     if perceptual is not None:
@@ -99,7 +101,9 @@ def train(
         ) as log:
             for warning in [*warnings, *precision.warnings, *more]:
                 log.warn(warning)
-            asked = _Asked(settings, given, command, device, source, held_out, perceptual, precision, stop)
+            asked = _Asked(
+                settings, given, command, device, source, held_out, perceptual, precision, loaded, stop
+            )
             step = _work(asked, run, log, start=start)
     return RunResult(path, stop.status, step)
 
@@ -122,7 +126,7 @@ def _work(asked: _Asked, run: RunDir, log: RunLog, *, start: Checkpoint | None) 
     facts = {
         "command": redact(asked.command),
         "device": str(asked.device),
-        **run_facts(asked.source, built.origin, perceptual=asked.perceptual, precision=asked.precision),
+        **run_facts(asked.source, built.weights, perceptual=asked.perceptual, precision=asked.precision),
         "jit_level": "O0" if settings.mode == 1 else settings.jit_level,
     }
     for line in built.notes:
@@ -145,6 +149,7 @@ def _built(asked: _Asked, *, start: Checkpoint | None) -> Built:
         asked.settings,
         asked.device,
         start=start,
+        loaded=asked.loaded,
         precision=asked.precision,
         loss=loss_plan(asked.settings, asked.perceptual),
         scaled="init_loss_scale" in given or "loss_scale_window" in given,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from causalvae.errors import ConfigError, WeightsError
 from causalvae.models.build import shapes as shapes_of
-from causalvae.models.presets import PRESETS, CausalVAEConfig, ModelConfig, WFVAEConfig, check
+from causalvae.models.presets import PRESETS, CausalVAEConfig, OwnConfig, WFVAEConfig, check
 from causalvae.weights.published import (
     mixes_frames,
     named_levels,
@@ -44,7 +44,7 @@ class Recognised:
     """
 
     family: str
-    config: ModelConfig | None
+    config: OwnConfig | None
     notes: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
 
@@ -192,7 +192,7 @@ def _numbers(shapes: Shapes, pattern: str) -> tuple[int, ...]:
 
 
 def _refuse_unless_exact(
-    found: Shapes, config: ModelConfig, *, family: str
+    found: Shapes, config: OwnConfig, *, family: str
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Notes, and the names that may be missing and are. WeightsError if anything else differs."""
     try:

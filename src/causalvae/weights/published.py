@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from causalvae.errors import WeightsError
-from causalvae.models.presets import CausalVAEConfig, ModelConfig, WFVAEConfig
+from causalvae.models.presets import CausalVAEConfig, OwnConfig, WFVAEConfig
 
 ATTENTION = {"AttnBlock3D": True, "AttnBlock3DFix": False}  # whether it mixes frames
 LATENT_SCALE = 0.18215  # what diffusion models multiply latents by
@@ -31,7 +31,7 @@ BLOCKS = {
 NOT_COMPARED = ("scale", "shift")  # of latents, for diffusion models; the tensors don't depend on them
 
 
-def published_config(config: ModelConfig) -> dict[str, Any] | None:  # Any: JSON
+def published_config(config: OwnConfig) -> dict[str, Any] | None:  # Any: JSON
     """Fields of the published config.json for a model; None if the published code has no such model."""
     if isinstance(config, WFVAEConfig):
         return _wfvae_fields(config)
@@ -146,7 +146,7 @@ def named_levels(given: Mapping[str, Any], field: str) -> tuple[int, ...] | None
     return tuple(i for i, name in enumerate(value) if name) if isinstance(value, list) else None
 
 
-def refuse_contradictions(given: Mapping[str, Any], config: ModelConfig) -> None:  # Any: JSON
+def refuse_contradictions(given: Mapping[str, Any], config: OwnConfig) -> None:  # Any: JSON
     """WeightsError if a parsed config.json says something else than this config, which weights have shown.
 
     Fields that decide nothing about a model are not looked at.

@@ -1,18 +1,17 @@
 """Files of weights, told apart by content: what a path holds, whose model it is, and its tensors."""
 
 import hashlib
-import json
 import re
 import stat
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from causalvae.errors import ConfigError, WeightsError
+from causalvae.errors import WeightsError
 from causalvae.files import sha256
-from causalvae.models.presets import CausalVAEConfig
 from causalvae.weights.diffusers import CONFIG, find_diffusers
 from causalvae.weights.layouts import Choice, choose
 from causalvae.weights.mindspore import is_mindspore, read_mindspore, to_torch_names
@@ -128,7 +127,8 @@ def _content(path: Path) -> _Content:
     size = path.stat().st_size
     if is_torch_zip(head) or is_torch_legacy(head):
         table, notes = read_torch(path)
-        return _Content(table, "torch" if is_torch_zip(head) else "torch-legacy", {}, size, tuple(notes))
+        ours = {key: table[key] for key in (CONFIG_KEY, MODEL_KEY) if isinstance(table.get(key), str)}
+        return _Content(table, "torch" if is_torch_zip(head) else "torch-legacy", ours, size, tuple(notes))
     if is_safetensors(head):
         return _Content(read_safetensors(path), "safetensors", read_safetensors_header(path).metadata, size)
     if is_json(head):
@@ -189,8 +189,8 @@ def _sum(path: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _own_config(metadata: dict[str, str], path: Path) -> Json | None:
-    return parse_json(metadata[CONFIG_KEY].encode(), path) if CONFIG_KEY in metadata else None
+def _own_config(metadata: Mapping[str, str], path: Path) -> Json | None:
+    return parse_config(metadata, path) if CONFIG_KEY in metadata else None
 
 
 def _own_checkpoint(path: Path) -> Path | None:
@@ -262,58 +262,18 @@ def find_weights(path: Path) -> Path:
     """The file of weights that a run, a checkpoint or a file of this tool stands for; averaged weights where
     there are both.
 
-    ConfigError if nothing is there, with the way to make a first checkpoint.
+    WeightsError if there is none.
     """
-    if not path.exists():
-        raise ConfigError(
-            f"--load_from_checkpoint {path}: there is no such file. Leave the flag out to start from "
-            "seeded random weights, or name a run, a checkpoint folder or a .safetensors file of this tool"
-        )
     if path.is_file():
         return path
     folder = _own_checkpoint(path)
     if folder is None and (path / MODEL).is_file():
         folder = path
     if folder is None:
-        raise WeightsError(f"--load_from_checkpoint {path}: the folder holds no checkpoint of this tool")
+        raise WeightsError(f"{path}: holds no checkpoint of this tool")
     return folder / (AVERAGE if (folder / AVERAGE).is_file() else MODEL)
 
 
-def read_model(path: Path) -> tuple[CausalVAEConfig, dict[str, Tensor], Origin]:
-    """Config, tensors and origin of a run's, a checkpoint's or a file's weights."""
-    file = find_weights(path)
-    return read_header(file), read_safetensors(file), Origin(file, sha256(file), file.stem)
-
-
-def read_header(file: Path) -> CausalVAEConfig:
-    """Config of a file of this tool's weights. Other people's formats are not read yet."""
-    with file.open("rb") as stream:
-        head = stream.read(HEAD_BYTES)
-    if not is_safetensors(head):
-        raise WeightsError(
-            f"--load_from_checkpoint {file}: only safetensors files written by this tool can be read; "
-            "torch, MindSpore and diffusers checkpoints are not available yet"
-        )
-    try:
-        metadata = read_safetensors_header(file).metadata
-    except WeightsError as error:
-        raise WeightsError(f"--load_from_checkpoint {error}") from error
-    if CONFIG_KEY not in metadata:
-        raise WeightsError(
-            f"--load_from_checkpoint {file}: the file does not say whose model it is; weights of other "
-            "systems are not available yet"
-        )
-    return config_of(metadata, file)
-
-
-def config_of(metadata: dict[str, str], file: Path) -> CausalVAEConfig:
-    """The model's config from the header of a file."""
-    known = {field.name for field in fields(CausalVAEConfig)}
-    try:
-        values: dict[str, Any] = json.loads(metadata[CONFIG_KEY])  # Any: JSON
-        taken: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known
-        }
-        return CausalVAEConfig(**taken)
-    except (json.JSONDecodeError, AttributeError, TypeError) as error:
-        raise WeightsError(f"{file}: the model's config in its header can't be read: {error}") from error
+def parse_config(metadata: Mapping[str, str], path: Path) -> Json:
+    """The model's config in a header of ours, as JSON. WeightsError if it can't be read."""
+    return parse_json(metadata[CONFIG_KEY].encode(), path)
