@@ -149,9 +149,9 @@ def test_a_gradient_that_overflows_is_named_with_the_module_of_its_weight(parts:
     training = state_of()
     with torch.no_grad():  # large values on a path where forward they are made small again
         for name, factor in (("up.1.upsample.proj.conv", 1e-13), ("conv_out.conv", 1e18)):
-            for parameter in training.vae.decoder.get_submodule(name).parameters():
+            for parameter in training.vae.get_submodule(f"decoder.{name}").parameters():
                 parameter.mul_(factor)
-        training.vae.decoder.get_parameter("up.1.block.0.conv2.conv.bias").fill_(1e27)
+        training.vae.get_parameter("decoder.up.1.block.0.conv2.conv.bias").fill_(1e27)
     bad = bad_place(training, judging=False, parts=parts)
     assert bad.module.startswith("vae.decoder.up.1.upsample")
     assert (bad.direction, bad.made_here) == ("backward", True)
@@ -161,7 +161,7 @@ def test_a_gradient_that_overflows_is_named_with_the_module_of_its_weight(parts:
 def test_a_gradient_norm_that_overflows_is_named_as_such() -> None:
     training = state_of()
     with torch.no_grad():
-        training.vae.decoder.conv_out.conv.weight.mul_(1e25)
+        training.vae.last_layer.get_parameter("weight").mul_(1e25)
     bad = bad_place(training, judging=False)
     assert (bad.module, bad.term, bad.made_here) == ("", "gradient norm", True)
 

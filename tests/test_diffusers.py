@@ -205,7 +205,7 @@ def state_of(vae: DiffusersVAE) -> TrainState:
     critic = build_critic("patchgan3d", base=5, norm="group", ndf=8)
     logvar = nn.Parameter(torch.zeros(()))
     return TrainState(
-        vae=vae,  # pyright: ignore[reportArgumentType]: a VideoVAE, where the state says which one
+        vae=vae,
         ema={name: p.detach().clone() for name, p in vae.named_parameters()},
         critic=critic,
         logvar=logvar,
@@ -260,7 +260,7 @@ def test_a_batch_in_parts_gives_the_update_of_the_whole(name: str, recompute: bo
 def test_a_step_can_be_made_without_memory_to_predict_what_it_takes(name: str) -> None:
     vae = moved(name)
     with LiveBytes() as live:
-        twin = blueprint(vae, None)  # pyright: ignore[reportArgumentType]: a VideoVAE
+        twin = blueprint(vae, None)
         x = torch.empty(2, 3, 8, 32, 32, device="meta")
         noise = torch.empty(2, *vae.geometry.latent_shape(8, 32, 32), device="meta")
         train_step(twin, x, noise, loss=LOSS, critic_loss=None)

@@ -106,18 +106,6 @@ def _weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Damage:
     return damage
 
 
-def _index(content: object) -> Damage:
-    def damage(folder: Path) -> None:
-        (folder / WEIGHTS).rename(folder.parent / "outside.safetensors")
-        (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(content))
-
-    return damage
-
-
-def _header(size: int) -> Damage:
-    return lambda folder: (folder / WEIGHTS).write_bytes(size.to_bytes(8, "little") + b"{" * 64)
-
-
 NAN, QUANT = float("nan"), "quant_conv.bias"
 BAD: dict[str, tuple[Damage, str]] = {
     "another class": (_config(_class_name="AutoencoderKL"), "AutoencoderKL can't be trained.*KLWan"),
@@ -138,29 +126,11 @@ BAD: dict[str, tuple[Damage, str]] = {
     ),
     "dropout": (_config(dropout=0.1), "dropout every pass draws"),
     "another width": (_config(base_dim=16), r"conv_in.bias is \(16,\) and should be \(32,\)"),
-    "text for JSON": (lambda f: (f / "config.json").write_text("{nothing"), "can't be read as JSON"),
-    "deep JSON": (lambda f: (f / "config.json").write_text("[" * 100_000), "can't be read as JSON"),
-    "a list for JSON": (lambda f: (f / "config.json").write_text("[]"), "not an object"),
     "a tensor missing": (_weights(lambda t: t.pop(QUANT)), rf"1 missing \({QUANT}\)"),
     "a tensor too many": (_weights(lambda t: t.update(more=torch.zeros(1))), r"1 unknown \(more\)"),
     "another shape": (_weights(lambda t: t.update({QUANT: torch.zeros(3)})), rf"{QUANT} is \(3,\)"),
-    "NaN": (_weights(lambda t: t[QUANT].fill_(NAN)), f"{QUANT} is not finite"),
+    "NaN": (_weights(lambda t: t[QUANT].fill_(NAN)), f"{QUANT} .*finite"),
     "integers": (_weights(lambda t: t.update({QUANT: t[QUANT].to(torch.int8)})), "not of floating point"),
-    "a cut file": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:5000]), "not a whole"),
-    "an empty file": (lambda f: (f / WEIGHTS).write_bytes(b""), "not a whole"),
-    "a huge header": (_header(1 << 40), "its header says it is 1099511627776 bytes"),
-    "a header of nonsense": (_header(64), "not a whole"),
-    "a pickle": (lambda f: (f / WEIGHTS).rename(f / "diffusion_pytorch_model.bin"), "pickles"),
-    "an index that leaves the folder": (
-        _index({"weight_map": {QUANT: "../outside.safetensors"}}),
-        "does not say",
-    ),
-    "an index of nothing": (_index({"weight_map": {}}), "does not say"),
-    "an index of numbers": (_index({"weight_map": {QUANT: 1}}), "does not say"),
-    "an index to a file that is not there": (
-        _index({"weight_map": {QUANT: "a.safetensors"}}),
-        "a.safetensors",
-    ),
 }
 
 

@@ -1,6 +1,7 @@
 """No flag is dead: each one, changed alone, changes numbers, files or what is said."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -21,14 +22,14 @@ BASE = {
     "disc_type": "none",
     "lr_warmup_steps": 0,
 }
-WILD = {"start_learning_rate": "1e30", "save_steps": 1}  # the second step is not finite
-CLIPPED = {"clip_grad": True}
-JUDGED = {"disc_type": "patchgan3d", "disc_start": 0}
-FALLING = {"lr_scheduler": "cosine"}
+WILD: dict[str, object] = {"start_learning_rate": "1e30", "save_steps": 1}  # the second step is not finite
+CLIPPED: dict[str, object] = {"clip_grad": True}
+JUDGED: dict[str, object] = {"disc_type": "patchgan3d", "disc_start": 0}
+FALLING: dict[str, object] = {"lr_scheduler": "cosine"}
 SAID = ("warning: ", "error: ", "memory: ")
-HELD_OUT = {"eval_video_path": "sample:"}
+HELD_OUT: dict[str, object] = {"eval_video_path": "sample:"}
 # Each flag, the value it is changed to, and what has to be given as well for it to matter.
-CHANGES: dict[str, tuple[object, dict[str, object]]] = {
+CHANGES: dict[str, tuple[object, Mapping[str, object]]] = {
     "exp_name": ("other", {}),
     "output_dir": ("{folder}/elsewhere", {}),
     "config": ("{folder}/config.yaml", {}),
@@ -59,6 +60,9 @@ CHANGES: dict[str, tuple[object, dict[str, object]]] = {
     "short_videos": ("repeat", {"sample_rate": 30}),
     "clip_timeout": ("1e-9", {"dataloader_num_workers": 1}),
     "load_from_checkpoint": ("{folder}/missing", {}),
+    "weights": ("live", {}),
+    "model_config": ("{folder}/missing", {}),
+    "partial": (True, {}),
     "model": ("small", {}),
     "train_parts": ("decoder", {}),
     "start_learning_rate": ("2e-4", {}),
@@ -127,8 +131,8 @@ def test_a_flag_that_is_changed_changes_something(
     value, also = CHANGES[flag]
     key = json.dumps(also, sort_keys=True)
     if key not in unchanged:
-        unchanged[key] = seen(tmp_path / "unchanged", also, capsys=capsys)
-    changed = also | {flag: str(value).format(folder=tmp_path)}
+        unchanged[key] = seen(tmp_path / "unchanged", dict(also), capsys=capsys)
+    changed = dict(also) | {flag: str(value).format(folder=tmp_path)}
     assert seen(tmp_path / "changed", changed, capsys=capsys) != unchanged[key]
 
 

@@ -17,8 +17,7 @@ from causalvae import rng
 from causalvae.errors import ConfigError
 from causalvae.flags import MemoryBudget
 from causalvae.losses import CRITICS, LossPlan
-from causalvae.models.build import build
-from causalvae.models.causalvae import CausalVAE
+from causalvae.models.build import build, skeleton
 from causalvae.models.presets import PRESETS
 from causalvae.train.networks import lay_out
 from causalvae.train.optim import OptimizerKind, build_optimizer
@@ -46,7 +45,7 @@ SEED_SHAPE = (4, 3, 17, 256, 256)
 def on_paper(model: str) -> TrainState:
     """A training that has no memory: its networks are on the meta device."""
     with torch.device("meta"):
-        vae, critic = CausalVAE(PRESETS[model]), CRITICS["patchgan3d"]()
+        vae, critic = skeleton(PRESETS[model]), CRITICS["patchgan3d"]()
     lay_out(vae)
     return blueprint(vae, critic)
 
@@ -135,7 +134,7 @@ def test_the_first_command_fits_into_20_gib() -> None:
 
 def test_fewer_bits_take_less_and_masters_more() -> None:
     with torch.device("meta"):
-        vae = CausalVAE(PRESETS["small"])
+        vae = skeleton(PRESETS["small"])
     levels: list[Level] = ["O0", "O1", "O2", "O3"]
     sizes = {}
     for level in levels:

@@ -15,7 +15,7 @@ from causalvae.errors import ConfigError
 from causalvae.losses import LossPlan, build_critic
 from causalvae.machine import Capability
 from causalvae.models.build import build
-from causalvae.models.presets import TINY, CausalVAEConfig
+from causalvae.models.presets import TINY, CausalVAEConfig, ModelConfig
 from causalvae.train.convolutions import convolutions
 from causalvae.train.networks import lay_out
 from causalvae.train.optim import LossScale, build_optimizer, optimizer_tensors
@@ -66,7 +66,7 @@ def state_of(
     )
 
 
-def batch(cursor: int, *, config: CausalVAEConfig = SMALL) -> tuple[Tensor, Tensor]:
+def batch(cursor: int, *, config: ModelConfig = SMALL) -> tuple[Tensor, Tensor]:
     x = 0.5 * rng.normal((2, 3, 5, 16, 16), rng.key("clip", cursor))
     x = x.contiguous(memory_format=torch.channels_last_3d)
     return x, rng.normal((2, *config.geometry.latent_shape(5, 16, 16)), rng.key("noise", cursor))

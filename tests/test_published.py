@@ -20,7 +20,7 @@ from causalvae.models.presets import (
     PRESETS,
     V1_0,
     CausalVAEConfig,
-    ModelConfig,
+    OwnConfig,
     WFVAEConfig,
     check,
     config_from_dict,
@@ -29,7 +29,7 @@ from causalvae.models.resampling import CausalDownsample, CausalUpsample, FrameU
 from causalvae.train.networks import lay_out
 from causalvae.train.optim import build_optimizer
 from causalvae.train.precision import Precision, lower
-from causalvae.train.predict import step_bytes
+from causalvae.train.predict import blueprint, step_bytes
 from causalvae.train.state import TrainState
 from causalvae.train.step import train_step
 
@@ -45,7 +45,7 @@ LISTS = {
 FEW = {"hidden_size": 32, "hidden_size_mult": (1, 2, 1, 1), "num_res_blocks": 1}
 CLASS_LEVELS = dataclasses.replace(V1_0, temporal_levels=(1, 2), temporal_ups=None)
 # The models of the fixtures.
-SMALL: dict[str, ModelConfig] = {
+SMALL: dict[str, OwnConfig] = {
     "osp_v1.0": dataclasses.replace(V1_0, **FEW),
     "osp_v1.1": CausalVAEConfig(norm="clip", **FEW),
     "osp_v1.2": CausalVAEConfig(norm="clip", temporal="joint", **FEW),
@@ -167,7 +167,7 @@ def training(name: str, *, recompute: bool = False) -> TrainState:
     critic = build_critic("patchgan3d", base=5, ndf=8)
     optimizers = [build_optimizer(net.named_parameters(), kind="adamw", lr=1e-3) for net in (vae, critic)]
     logvar = nn.Parameter(torch.zeros(()), requires_grad=False)
-    return TrainState(vae, {}, critic, logvar, optimizers[0], optimizers[1])  # pyright: ignore[reportArgumentType]
+    return TrainState(vae, {}, critic, logvar, optimizers[0], optimizers[1])
 
 
 def step(state: TrainState, *, parts: int = 1) -> None:
@@ -212,8 +212,7 @@ def test_a_published_model_computes_in_bf16_with_norms_in_fp32(name: str) -> Non
 def test_memory_of_a_step_is_predicted_and_less_with_recomputation(name: str) -> None:
     vae = skeleton(PRESETS[name])
     plain, lean = (
-        step_bytes(vae, None, shape=(1, 3, 17, 256, 256), recompute=on)  # pyright: ignore[reportArgumentType]
-        for on in (False, True)
+        step_bytes(blueprint(vae, None), shape=(1, 3, 17, 256, 256), recompute=on) for on in (False, True)
     )
     assert lean.at_rest == plain.at_rest > 16 * PARAMETERS[name]  # weights, averages, two moments
     assert lean.peak - lean.at_rest < 0.8 * (plain.peak - plain.at_rest)
@@ -234,7 +233,7 @@ def test_seeded_weights_are_a_function_of_the_seed_and_keep_the_size_of_a_clip(n
 
 
 @pytest.mark.parametrize("config", [*PRESETS.values(), CLASS_LEVELS])
-def test_a_config_comes_back_from_its_fields(config: ModelConfig) -> None:
+def test_a_config_comes_back_from_its_fields(config: OwnConfig) -> None:
     assert config_from_dict(type(config).__name__, dataclasses.asdict(config)) == config
 
 

@@ -9,7 +9,7 @@ from test_published import CLASS_LEVELS, FEW, LISTS, SMALL
 
 from causalvae.errors import WeightsError
 from causalvae.models.build import shapes
-from causalvae.models.presets import PRESETS, V1_0, CausalVAEConfig, ModelConfig, WFVAEConfig
+from causalvae.models.presets import PRESETS, V1_0, CausalVAEConfig, OwnConfig, WFVAEConfig
 from causalvae.weights.names import differences, may_be_missing, recognise, split_discriminator
 from causalvae.weights.published import published_config
 
@@ -82,7 +82,7 @@ def test_a_published_config_is_written_as_the_fixture_has_it(name: str) -> None:
 
 @pytest.mark.parametrize("config", [*SMALL.values(), *OTHERS.values()])
 def test_a_model_is_recognised_by_its_shapes_and_the_config_that_is_written_for_it(
-    config: ModelConfig,
+    config: OwnConfig,
 ) -> None:
     assert recognise(shapes(config), published_config(config)).config == config
 

@@ -61,7 +61,7 @@ MISTAKES: list[tuple[Callable[[Path], dict[str, object]], tuple[str, ...]]] = [
     (no_folder, ("--video_path", "nothing/here", "there is no such file or folder", "sample:")),
     (empty_folder, ("--video_path", "empty", "no video or image", ".mp4")),
     (no_checkpoint, ("--load_from_checkpoint", "init.ckpt", "there is no such file", "Leave the flag out")),
-    (foreign_checkpoint, ("--load_from_checkpoint", "theirs.ckpt", "not available yet")),
+    (foreign_checkpoint, ("--load_from_checkpoint", "theirs.ckpt", "no model that is known here")),
     (empty_checkpoint, ("--load_from_checkpoint", "empty.safetensors")),
     (torn_checkpoint, ("--load_from_checkpoint", "torn.safetensors", "not a whole safetensors file")),
     (no_checkpoint_to_resume, ("--resume", "step-00000010", "no checkpoint is there")),

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from causalvae import rng
-from causalvae.models import diffusers
 from causalvae.models.causalvae import CausalVAE
-from causalvae.models.diffusers import DiffusersVAE
+from causalvae.models.diffusers import DiffusersVAE, build_diffusers
+from causalvae.models.diffusers import skeleton as diffusers_skeleton
 from causalvae.models.layers import MIX_INIT, FrameAttention, LayerNorm, ResnetBlock
 from causalvae.models.presets import (
     CausalVAEConfig,
@@ -40,7 +40,7 @@ def build(config: ModelConfig, *, seed: int = 0) -> Model: ...
 def build(config: ModelConfig, *, seed: int = 0) -> Model:
     """A model whose weights are a function of (config, seed), fp32 on the CPU."""
     if isinstance(config, DiffusersConfig):
-        return diffusers.build_diffusers(config, seed=seed)
+        return build_diffusers(config, seed=seed)
     vae = skeleton(config).to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in vae.named_parameters():
@@ -58,7 +58,7 @@ def build(config: ModelConfig, *, seed: int = 0) -> Model:
 def skeleton(config: ModelConfig) -> Model:
     """A model whose weights are on the meta device: names and shapes, and no memory."""
     if isinstance(config, DiffusersConfig):
-        return diffusers.skeleton(config)
+        return diffusers_skeleton(config)
     with torch.device("meta"):
         return MODELS[type(config)](config)
 

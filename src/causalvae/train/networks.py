@@ -96,11 +96,7 @@ def build_state(
     if start is not None:
         state.load(start.path)
     said = [line for line in (*notes, plan.sentence(), checked.message) if line]
-    warnings = [*checked.notes, *_limits(settings, vae, precision)]
-    if scaled and precision.level == "O0":
-        warnings.append(
-            "--init_loss_scale has no effect: the run computes in fp32, which needs no loss scale"
-        )
+    warnings = [*checked.notes, *_limits(settings, vae, precision=precision, scaled=scaled)]
     return Built(state, first.facts, plan, said, warnings)
 
 
@@ -184,11 +180,13 @@ def _batch_shapes(settings: TrainSettings) -> list[tuple[int, ...]]:
     return [(plan.batch, 3, frames, *size) for frames, size in plan.shapes()]
 
 
-def _limits(settings: TrainSettings, vae: Model, precision: Precision) -> list[str]:
-    """What a model of diffusers does otherwise than was asked for."""
-    if not isinstance(vae, DiffusersVAE):
-        return []
+def _limits(settings: TrainSettings, vae: Model, *, precision: Precision, scaled: bool) -> list[str]:
+    """What is done otherwise than was asked for, in these numbers and with this model."""
     said: list[str] = []
+    if scaled and precision.level == "O0":
+        said.append("--init_loss_scale has no effect: the run computes in fp32, which needs no loss scale")
+    if not isinstance(vae, DiffusersVAE):
+        return said
     if precision.level in ("O2", "O3"):
         said.append(f"--amp_level {precision.level} is O1 here: diffusers' models keep their weights in fp32")
     if settings.jit_level != "O0":
