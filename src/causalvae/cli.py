@@ -169,8 +169,8 @@ COMMANDS = {
         _init,
         InitSettings,
         "Make a first checkpoint, from an image VAE or from a seed",
-        "An image VAE becomes a video VAE that does to pictures what the image VAE does. Training goes on from "
-        "there: give the file that is written to `causalvae train --load_from_checkpoint`.",
+        "An image VAE becomes a video VAE that does to pictures what the image VAE does. Training goes on "
+        "from there: give the file that is written to `causalvae train --load_from_checkpoint`.",
     ),
 }
 

@@ -30,7 +30,7 @@ class InitSettings:
         help="where in time a kernel's weight is put: tail the frame itself, center the one before, mean all "
         "three frames that it sees")
     random: bool = setting(False, WEIGHTS, help="seeded random weights, without an image VAE")
-    seed: int = setting(0, WEIGHTS, limits={"at_least": 0}, 
+    seed: int = setting(0, WEIGHTS, limits={"at_least": 0},
         help="of --random: the same seed gives the same weights")
     # fmt: on
 
