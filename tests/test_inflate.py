@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from fixtures import FIXTURES, fixture_tensors
 from torch import Tensor
 
 from causalvae import rng
 from causalvae.errors import ConfigError, WeightsError
 from causalvae.initialise import initialise
-from causalvae.models.build import Model, build, shapes, skeleton
+from causalvae.models.build import build, shapes, skeleton
+from causalvae.models.causalvae import CausalVAE
 from causalvae.models.presets import PRESETS, CausalVAEConfig
 from causalvae.weights.inflate import (
     FAMILIES,
@@ -50,18 +51,15 @@ OTHERS: dict[str, dict[str, Any]] = {  # Any: settings of diffusers
 
 def image_vae(**changes: Any) -> AutoencoderKL:  # Any: settings of diffusers
     """An image VAE with seeded weights; without weights under torch.device("meta")."""
-    settings = {
+    few: dict[str, Any] = {
         "block_out_channels": (32, 64, 32, 64),
         "layers_per_block": 1,
         "latent_channels": 4,
-        **changes,
     }
-    levels = len(settings["block_out_channels"])
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        **settings,
-    )
+    settings = few | changes
+    for side, kind in (("down", "DownEncoderBlock2D"), ("up", "UpDecoderBlock2D")):
+        settings[f"{side}_block_types"] = (kind,) * len(settings["block_out_channels"])
+    vae = AutoencoderKL(**settings)
     with torch.no_grad():
         for name, parameter in vae.named_parameters():
             if parameter.is_meta:
@@ -90,9 +88,10 @@ def picture(*, height: int = 16, width: int = 24) -> Tensor:
     return 0.5 * rng.normal((1, 3, height, width), rng.key("picture")).double()
 
 
-def made_of(image: dict[str, Tensor], config: CausalVAEConfig, *, method: Method = "tail") -> Model:
+def made_of(image: dict[str, Tensor], config: CausalVAEConfig, *, method: Method = "tail") -> CausalVAE:
     """The video VAE in float64."""
     vae = skeleton(config)
+    assert isinstance(vae, CausalVAE)
     vae.load_state_dict(inflate(image, config, method=method), strict=True, assign=True)
     return vae.requires_grad_(False)
 
@@ -102,10 +101,11 @@ def config_of(image: dict[str, Tensor], name: str) -> CausalVAEConfig:
 
 
 @torch.no_grad()
-def apart(vae: Model, theirs: AutoencoderKL, *, frames: int, x: Tensor) -> tuple[float, float]:
+def apart(vae: CausalVAE, theirs: Any, *, frames: int, x: Tensor) -> tuple[float, float]:
     """How far the video VAE is from the image VAE: in its posterior, and in what it decodes.
 
-    x: a picture, b 3 h w, which stands still for so many frames.
+    theirs: AutoencoderKL (Any: its annotations leave out what it returns). x: a picture, b 3 h w, which
+    stands still for so many frames.
     """
     posterior = vae.encode(x.unsqueeze(2).repeat(1, 1, frames, 1, 1))
     expected = theirs.encode(x).latent_dist

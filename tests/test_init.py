@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from causalvae.cli import main
 from causalvae.files import sha256
 from causalvae.models.build import build, shapes
-from causalvae.models.presets import PRESETS
+from causalvae.models.presets import PRESETS, CausalVAEConfig
 from causalvae.weights.load import load_model
 from causalvae.weights.names import TIME_RESAMPLER, recognise
 from causalvae.weights.published import published_config
@@ -50,6 +51,7 @@ def test_the_file_is_as_published_loaders_take_it_and_is_known_again(name: str, 
     out = tmp_path / "pretrained" / "causal_vae_488_init.ckpt"
     assert init(out, "--model", name) == 0
     loaded = load_model(out)
+    assert isinstance(loaded.config, CausalVAEConfig)
     published = published_entries(out)
     assert {key: tuple(tensor.shape) for key, tensor in published.items()} == shapes(loaded.config)
     assert all(tensor.dtype == torch.float32 for tensor in published.values())
@@ -204,8 +206,8 @@ def test_help_and_mistakes_do_not_import_torch() -> None:
         assert subprocess.run(words, capture_output=True, check=False).returncode == 0
 
 
-def trained(folder: Path, checkpoint: Path, **changes: object) -> dict[str, object]:
-    """run.json of one step from these weights."""
+def trained(folder: Path, checkpoint: Path, **changes: object) -> Any:
+    """run.json (Any: JSON) of one step from these weights."""
     flags = words(folder, load_from_checkpoint=checkpoint, model=None, batch_size=1, max_steps=1, **changes)
     assert main("train", flags[2:]) == 0
     return json.loads((folder / "run" / "run.json").read_text())
