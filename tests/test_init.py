@@ -10,15 +10,20 @@ from typing import Any
 import pytest
 import torch
 from fixtures import FIXTURES, fixture_json
-from runs import ENVIRONMENT, words
+from foreign import config_of
+from runs import ENVIRONMENT, ROOT, words
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from causalvae.cli import main
 from causalvae.files import sha256
+from causalvae.flags import flags_of
 from causalvae.models.build import build, shapes
+from causalvae.models.diffusers import build_diffusers
 from causalvae.models.presets import PRESETS, CausalVAEConfig
+from causalvae.weightflags import InitSettings
+from causalvae.weights.diffusers_folder import save_folder
 from causalvae.weights.load import load_model
 from causalvae.weights.names import TIME_RESAMPLER, recognise
 from causalvae.weights.published import published_config
@@ -99,7 +104,7 @@ def test_what_was_done_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert f"{WEIGHTS} (diffusers image VAE, 180 tensors, SHA-256 {sha256(WEIGHTS)})" in said
     assert "the layers of causalvae-488 in the sizes of the image VAE: 32 64 64 64 channels" in said
     assert "180 tensors, 45 of them kernels that got time (center)" in said
-    assert "12 tensors: 12 for halving and doubling time; they start as the identity" in said
+    assert "new       12 tensors for halving and doubling time; they start as the identity" in said
     assert "pictures and still videos come out exactly as from the image VAE" in said
     assert f"{sum(tensor.numel() for tensor in published_entries(out).values()):,} parameters" in said
     assert f"SHA-256   {sha256(out)}\n" in said
@@ -160,11 +165,16 @@ def test_what_can_not_be_is_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_of_ours_is_no_image_vae(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_video_vae_of_ours_or_of_diffusers_is_no_image_vae(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert init(tmp_path / "first.ckpt") == 0
     capsys.readouterr()
     said = refused(tmp_path / "second.ckpt", source=tmp_path / "first.ckpt", capsys=capsys)
     assert "holds a video VAE (CausalVAEConfig) and no image VAE" in said
+    save_folder(build_diffusers(config_of("wan-2.1")), tmp_path / "wan")
+    said = refused(tmp_path / "second.ckpt", source=tmp_path / "wan", capsys=capsys)
+    assert "holds a video VAE (AutoencoderKLWan) and no image VAE" in said
 
 
 def test_an_image_vae_of_other_channels_or_norms_is_refused(
@@ -194,6 +204,11 @@ def test_a_place_that_can_not_be_written_is_a_mistake(
     assert "give one of .ckpt, .pt" in refused(tmp_path / "x.zip", capsys=capsys)
     assert main("init", ["--from", str(FOLDER)]) == 2
     assert "--out is missing" in capsys.readouterr().err
+
+
+def test_every_flag_is_in_the_docs() -> None:
+    page = (ROOT / "docs" / "init.md").read_text()
+    assert all(f"`--{name}`" in page for name in flags_of(InitSettings))
 
 
 def test_help_and_mistakes_do_not_import_torch() -> None:

@@ -124,8 +124,8 @@ def _new(names: list[str]) -> str:
         return "nothing"
     quant = sum("quant_conv." in name for name in names)
     parts = [(len(names) - quant, "for halving and doubling time"), (quant, "for quant_conv, which it lacks")]
-    counted = " and ".join(f"{count} {what}" for count, what in parts if count)
-    return f"{len(names)} tensors: {counted}; they start as the identity"
+    counted = " and ".join(f"{count} tensors {what}" for count, what in parts if count)
+    return f"{counted}; they start as the identity"
 
 
 def _from_seed(model: str, *, seed: int) -> First:
