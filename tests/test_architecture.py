@@ -19,7 +19,7 @@ TORCH_FROM_HERE = "-- torch from here --"
 LINES = f"""
 errors
 geometry  models.presets
-flags  flagtext  config
+flags  flagtext  config  weightflags
 files  fetch  rundir  machine
 {TORCH_FROM_HERE}
 rng  video
@@ -39,7 +39,7 @@ train.optim  train.convolutions  train.precision  train.stability  train.compili
 train.parallel  train.signals  train.samples  train.heldout
 train.state  train.runlog  train.replay  train.step  train.predict  train.plan  train.parts  train.networks
 train.loop  train.trainer
-report  explain  doctor  demo
+report  explain  doctor  demo  initialise
 cli
 """
 MAY_IMPORT_TORCH_LATE = ("machine",)  # inside a function; cli may import any stage there

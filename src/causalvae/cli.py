@@ -18,13 +18,14 @@ from causalvae.config import DemoSettings, NoSettings, TrainSettings, help_text,
 from causalvae.errors import CausalVAEError, ConfigError, exit_status
 from causalvae.flags import closest, printable
 from causalvae.models.presets import PARAMETERS, PRESETS
+from causalvae.weightflags import InitSettings
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the number of SIGINT, of SIGPIPE, as shells have it
 NOT_YET = (
-    "explain", "init", "eval", "reconstruct", "encode", "decode", "export", "convert", "data", "report",
+    "explain", "eval", "reconstruct", "encode", "decode", "export", "convert", "data", "report",
     "doctor",
 )  # fmt: skip
 
@@ -127,6 +128,22 @@ def _models(argv: Sequence[str]) -> int:
     return _show("".join("  ".join(row).rstrip() + "\n" for row in padded))
 
 
+def _init(argv: Sequence[str]) -> int:
+    settings, _ = read_settings(InitSettings, argv)
+    from causalvae.initialise import initialise
+
+    source = None if settings.from_ is None else Path(settings.from_)
+    text = initialise(
+        source,
+        Path(settings.out),
+        model=settings.model,
+        method=settings.method,
+        seed=settings.seed,
+        overwrite=settings.overwrite,
+    )
+    return _show(text)
+
+
 COMMANDS = {
     "train": Command(
         _train,
@@ -147,6 +164,13 @@ COMMANDS = {
         "List the presets of --model",
         "It tells by how much they downsample a clip, the channels of their latents, their norms and "
         "resampling, and the channels at each level.",
+    ),
+    "init": Command(
+        _init,
+        InitSettings,
+        "Make a first checkpoint, from an image VAE or from a seed",
+        "An image VAE becomes a video VAE that does to pictures what the image VAE does. Training goes on "
+        "from there: give the file that is written to `causalvae train --load_from_checkpoint`.",
     ),
 }
 

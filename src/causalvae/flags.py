@@ -154,13 +154,14 @@ def setting(
 
 
 def flags_of(table: "type[DataclassInstance] | DataclassInstance") -> dict[str, Flag]:
-    """The flags of a settings table by name, in its order."""
+    """The flags of a settings table by name, in its order. A field `from_` is the flag `from`."""
     flags: dict[str, Flag] = {}
     for field in dataclasses.fields(table):
+        name = field.name.removesuffix("_")  # which is there where the name is a word of Python's
         arms = [arm for arm in get_args(field.type) if arm is not type(None)]
         optional = type(None) in get_args(field.type)
         kind = arms[0] if optional else field.type
-        flags[field.name] = Flag(name=field.name, kind=kind, default=field.default, **field.metadata)
+        flags[name] = Flag(name=name, kind=kind, default=field.default, **field.metadata)
     return flags
 
 
@@ -298,8 +299,9 @@ def read_settings(table: type[Settings], argv: Sequence[str]) -> tuple[Settings,
     missing = next((flag for flag in flags.values() if flag.required and flag.name not in given), None)
     if missing is not None:
         raise ConfigError(f"--{missing.name} is missing. It is {missing.help}")
+    fields = {field.name.removesuffix("_"): field.name for field in dataclasses.fields(table)}
     values: dict[str, Any] = {
-        name: item.value for name, item in given.items()
+        fields[name]: item.value for name, item in given.items()
     }  # Any: each field checks its own
     return table(**values), given
 
