@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -25,7 +25,7 @@ from causalvae.weights.inflate import (
 )
 from causalvae.weights.published import published_config
 from causalvae.weights.pytorch import write_torch
-from causalvae.weights.read import CONFIG_KEY, MODEL_KEY
+from causalvae.weights.read import own_entries
 from causalvae.weights.tensorfiles import write_safetensors
 from causalvae.weights.writing import to_dtype
 
@@ -144,11 +144,6 @@ def _size(config: OwnConfig) -> str:
     count = sum(math.prod(p.shape) for p in skeleton(config).parameters() if p.requires_grad)
     reduced = f"{geometry.temporal} x {geometry.spatial} x {geometry.spatial}"
     return f"{count:,} parameters; time, height and width {reduced} smaller, {geometry.channels} channels"
-
-
-def own_entries(config: OwnConfig) -> dict[str, str]:
-    """What a file of weights says of its model, so that it is known again."""
-    return {MODEL_KEY: type(config).__name__, CONFIG_KEY: json.dumps(asdict(config))}
 
 
 def _write(out: Path, first: First) -> Path | None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from causalvae.train.optim import (
     optimizer_tensors,
 )
 from causalvae.train.stability import ROLLBACK_FACTOR, LevelOff
-from causalvae.weights.read import CONFIG_KEY, MODEL_KEY
+from causalvae.weights.read import own_entries
 from causalvae.weights.tensorfiles import read_safetensors
 
 COUNTERS = (
@@ -163,7 +163,7 @@ def read_counters(folder: Path) -> dict[str, Any]:  # Any: JSON
 
 def model_metadata(vae: Model) -> dict[str, str]:
     """What a file of weights says about its model, in the safetensors header."""
-    return {"format": "pt", MODEL_KEY: type(vae.config).__name__, CONFIG_KEY: json.dumps(asdict(vae.config))}
+    return {"format": "pt", **own_entries(vae.config)}
 
 
 def _weights(network: nn.Module, masters: MasterWeights | None) -> dict[str, Tensor]:

@@ -1,10 +1,11 @@
 """Files of weights, told apart by content: what a path holds, whose model it is, and its tensors."""
 
 import hashlib
+import json
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from causalvae.errors import WeightsError
 from causalvae.files import sha256
+from causalvae.models.presets import ModelConfig
 from causalvae.weights.diffusers import CONFIG, find_diffusers
 from causalvae.weights.layouts import Choice, choose
 from causalvae.weights.mindspore import is_mindspore, read_mindspore, to_torch_names
@@ -272,6 +274,11 @@ def find_weights(path: Path) -> Path:
     if folder is None:
         raise WeightsError(f"{path}: holds no checkpoint of this tool")
     return folder / (AVERAGE if (folder / AVERAGE).is_file() else MODEL)
+
+
+def own_entries(config: ModelConfig) -> dict[str, str]:
+    """What a file of weights says of its model, in its header, so that it is known again."""
+    return {MODEL_KEY: type(config).__name__, CONFIG_KEY: json.dumps(asdict(config))}
 
 
 def parse_config(metadata: Mapping[str, str], path: Path) -> Json:
