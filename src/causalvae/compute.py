@@ -18,8 +18,8 @@ FORGET_PEAK = "5"  # written to clear_refs, sets the peak of resident memory to 
 class Cost:
     """Of one call. seconds: median over repeats. peak_bytes: None where it can't be measured.
 
-    On a GPU peak_bytes is what torch had allocated at once, weights included; on the CPU of Linux it is how
-    far the process's resident memory rose during the calls, which is coarse under some tens of MiB.
+    On a GPU peak_bytes is what torch had allocated at once; on the CPU of Linux it is the largest resident
+    memory of the whole process during the calls, libraries included. Both include the weights.
     """
 
     seconds: float
@@ -47,16 +47,15 @@ def flops(call: Callable[[], object]) -> int:
 def cost(call: Callable[[], Tensor], *, clips: int, device: torch.device, repeats: int = 3) -> Cost:
     """Time and memory of a call on some clips, after one call that is not counted."""
     wait(device, result=call())
-    start_bytes = _forget_peak(device)
+    measurable = _forget_peak(device)
     seconds = []
     for _ in range(repeats):
         begin = time.perf_counter()
         wait(device, result=call())
         seconds.append(time.perf_counter() - begin)
     median = sorted(seconds)[len(seconds) // 2]
-    peak = _peak_bytes(device)
-    measured = None if peak is None or start_bytes is None else max(0, peak - start_bytes)
-    return Cost(seconds=median, clips_per_second=clips / median, peak_bytes=measured)
+    peak = _peak_bytes(device) if measurable else None
+    return Cost(seconds=median, clips_per_second=clips / median, peak_bytes=peak)
 
 
 def wait(device: torch.device, *, result: Tensor) -> None:
@@ -67,31 +66,25 @@ def wait(device: torch.device, *, result: Tensor) -> None:
         result.sum().item()
 
 
-def _forget_peak(device: torch.device) -> int | None:
-    """Start measuring the peak of memory. What to subtract from it; None where it can't be measured."""
+def _forget_peak(device: torch.device) -> bool:
+    """Start measuring the peak of memory. False where it can't be measured."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return 0
+        return True
     if device.type != "cpu" or not sys.platform.startswith("linux"):
-        return None
+        return False
     try:
         (PROCESS / "clear_refs").write_text(FORGET_PEAK)
     except OSError:  # not allowed in some containers
-        return None
-    return _status_bytes("VmRSS")
+        return False
+    return True
 
 
 def _peak_bytes(device: torch.device) -> int | None:
+    """The peak since it was forgotten; on the CPU by the process's status file, which has kB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if device.type != "cpu" or not sys.platform.startswith("linux"):
-        return None
-    return _status_bytes("VmHWM")
-
-
-def _status_bytes(name: str) -> int | None:
-    """A number of the process's status file, which has kB."""
     for line in (PROCESS / "status").read_text().splitlines():
-        if line.startswith(name + ":"):
+        if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return None
