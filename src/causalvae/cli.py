@@ -18,7 +18,7 @@ from causalvae.config import DemoSettings, NoSettings, TrainSettings, help_text,
 from causalvae.errors import CausalVAEError, ConfigError, exit_status
 from causalvae.flags import closest, printable
 from causalvae.models.presets import PARAMETERS, PRESETS
-from causalvae.weightflags import ConvertSettings, amount, with_places
+from causalvae.weightflags import ConvertSettings, ExportSettings, amount, with_places
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -144,6 +144,21 @@ def _convert(argv: Sequence[str]) -> int:
     return _show(done.text)
 
 
+def _export(argv: Sequence[str]) -> int:
+    settings, _ = read_settings(ExportSettings, with_places(argv))
+    from causalvae.programs import export
+
+    done = export(
+        Path(settings.source),
+        Path(settings.out),
+        to=settings.to,
+        prefer=settings.weights,
+        model_config=None if settings.model_config is None else Path(settings.model_config),
+        overwrite=settings.overwrite,
+    )
+    return _show(done.text)
+
+
 COMMANDS = {
     "train": Command(
         _train,
@@ -165,6 +180,14 @@ COMMANDS = {
         "`causalvae convert IN OUT` reads what --load_from_checkpoint reads, and writes torch, safetensors, "
         "MindSpore, or a folder of diffusers or Open-Sora-Plan. Nothing is lost: the way back gives the same "
         "weights, bit for bit.",
+    ),
+    "export": Command(
+        _export,
+        ExportSettings,
+        "Write encoder and decoder as programs",
+        "`causalvae export IN OUT --to onnx` writes a folder: encoder.onnx, decoder.onnx, program.json. "
+        "The programs take any batch, frames and size, and are compared with the model before they get their "
+        "names. Formats of weights: `causalvae convert`.",
     ),
     "models": Command(
         _models,

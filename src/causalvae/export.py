@@ -194,7 +194,7 @@ def _write(
     elif isinstance(loaded.config, DiffusersConfig):
         vae = skeleton(loaded.config)
         vae.load_state_dict(loaded.tensors, strict=True, assign=True)
-        with _in_the_place_of(target) as folder:
+        with in_the_place_of(target) as folder:
             save_folder(vae, folder, tensors=tensors, shard_size=shard_size)
     else:
         published = published_config(loaded.config)
@@ -235,7 +235,7 @@ def _write_published(
     The code before v1.2 looks for weights under `state_dict`, later code under `gen_model` in it too.
     """
     if target.suffix != ".ckpt":
-        with _in_the_place_of(target) as folder:
+        with in_the_place_of(target) as folder:
             write_diffusers(folder, fields, tensors, metadata={}, shard_size=shard_size)
         return
     older = isinstance(config, CausalVAEConfig) and config.temporal != "joint"
@@ -246,7 +246,7 @@ def _write_published(
 
 
 @contextmanager
-def _in_the_place_of(folder: Path) -> Iterator[Path]:
+def in_the_place_of(folder: Path) -> Iterator[Path]:
     """A name to write a folder under, which takes the place of this one if the block ends well."""
     if not folder.is_dir() or not any(folder.iterdir()):
         yield folder
