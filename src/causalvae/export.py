@@ -90,8 +90,9 @@ def convert(
     fields = {} if loaded.file.kind is not None or given is None else given
     _refuse_others(target, form)
     path = _write(target, loaded, tensors, form=form, fields=fields, shard_size=shard_size)
-    for stale in set(before) - set(_there(path)) - {target.parent / CONFIG}:
-        if stale.is_file():
+    written = {path, *(read_index(path) if path.name.endswith(INDEX_SUFFIX) else ())}
+    for stale in before:  # of a file that was in more pieces, or in fewer
+        if stale not in written and stale.is_file():
             stale.unlink()
     return Converted(path, form, loaded.family, len(tensors), num_bytes_of(tensors), _notes(loaded))
 

@@ -131,7 +131,7 @@ def export(
         for name, program in traced.items():
             file = partial / f"{name}{ENDINGS[to]}"
             run = (_write_onnx if to == "onnx" else _write_torch)(program, file, side=name)
-            worst = _largest_difference(halves[name], run, vae, side=name)
+            worst = largest_difference(halves[name], run, vae, side=name)
             programs[name] = _entry(file, vae, side=name, worst=worst)
         facts = _facts(loaded, programs, to=to)
         (partial / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
@@ -232,7 +232,7 @@ def _write_onnx(program: ExportedProgram, file: Path, *, side: str) -> Run:
 
 
 @torch.no_grad()
-def _largest_difference(half: nn.Module, run: Run, vae: Model, *, side: str) -> float:
+def largest_difference(half: nn.Module, run: Run, vae: Model, *, side: str) -> float:
     """Largest difference of program and model over all sizes tried. RunError if it is too large."""
     worst = 0.0
     for size in TRIED:
