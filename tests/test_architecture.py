@@ -34,7 +34,7 @@ weights.mindspore  weights.layouts  weights.diffusers  weights.read  weights.dif
 weights.inflate
 losses  metrics  perceptual
 infer
-evaluate  export
+evaluate  export  programs
 train.optim  train.convolutions  train.precision  train.stability  train.compiling  train.debug
 train.parallel  train.signals  train.samples  train.heldout
 train.state  train.runlog  train.replay  train.step  train.predict  train.plan  train.parts  train.networks

@@ -48,7 +48,7 @@ def test_a_command_of_later_says_so(command: str) -> None:
 
 def test_a_wrong_command_gets_a_suggestion() -> None:
     assert "did you mean train?" in refused(*PROGRAM, "trian")
-    assert "there are train, demo, models" in refused(*PROGRAM, "xyzzy")
+    assert "there are train, demo, convert" in refused(*PROGRAM, "xyzzy")
     assert "a command comes first" in refused(*PROGRAM, "--video_path", "x")
     assert r"\x1b[31m" in refused(*PROGRAM, "\x1b[31m")
 

@@ -18,15 +18,14 @@ from causalvae.config import DemoSettings, NoSettings, TrainSettings, help_text,
 from causalvae.errors import CausalVAEError, ConfigError, exit_status
 from causalvae.flags import closest, printable
 from causalvae.models.presets import PARAMETERS, PRESETS
-from causalvae.weightflags import InitSettings
+from causalvae.weightflags import ConvertSettings, ExportSettings, InitSettings, amount, with_places
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the number of SIGINT, of SIGPIPE, as shells have it
 NOT_YET = (
-    "explain", "eval", "reconstruct", "encode", "decode", "export", "convert", "data", "report",
-    "doctor",
+    "explain", "eval", "reconstruct", "encode", "decode", "data", "report", "doctor",
 )  # fmt: skip
 
 
@@ -144,6 +143,38 @@ def _init(argv: Sequence[str]) -> int:
     return _show(text)
 
 
+def _convert(argv: Sequence[str]) -> int:
+    settings, _ = read_settings(ConvertSettings, with_places(argv))
+    from causalvae.export import convert
+
+    done = convert(
+        Path(settings.source),
+        Path(settings.out),
+        to=settings.to,
+        dtype=settings.dtype,
+        prefer=settings.weights,
+        shard_size=None if settings.shard_size is None else amount(settings.shard_size),
+        model_config=None if settings.model_config is None else Path(settings.model_config),
+        overwrite=settings.overwrite,
+    )
+    return _show(done.text)
+
+
+def _export(argv: Sequence[str]) -> int:
+    settings, _ = read_settings(ExportSettings, with_places(argv))
+    from causalvae.programs import export
+
+    done = export(
+        Path(settings.source),
+        Path(settings.out),
+        to=settings.to,
+        prefer=settings.weights,
+        model_config=None if settings.model_config is None else Path(settings.model_config),
+        overwrite=settings.overwrite,
+    )
+    return _show(done.text)
+
+
 COMMANDS = {
     "train": Command(
         _train,
@@ -157,6 +188,22 @@ COMMANDS = {
         DemoSettings,
         "Train a tiny model on the clips that come with the package",
         "It shows what the model has learned, in about two minutes on two CPU cores.",
+    ),
+    "convert": Command(
+        _convert,
+        ConvertSettings,
+        "Write weights of one format as another",
+        "`causalvae convert IN OUT` reads what --load_from_checkpoint reads, and writes torch, safetensors, "
+        "MindSpore, or a folder of diffusers or Open-Sora-Plan. Nothing is lost: the way back gives the same "
+        "weights, bit for bit.",
+    ),
+    "export": Command(
+        _export,
+        ExportSettings,
+        "Write encoder and decoder as programs",
+        "`causalvae export IN OUT --to onnx` writes a folder: encoder.onnx, decoder.onnx, program.json. "
+        "The programs take any batch, frames and size, and are compared with the model before they get their "
+        "names. Formats of weights: `causalvae convert`.",
     ),
     "models": Command(
         _models,
