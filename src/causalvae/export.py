@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from causalvae.weights.mindspore import write_mindspore
 from causalvae.weights.names import recognise
 from causalvae.weights.published import published_config
 from causalvae.weights.pytorch import write_torch
-from causalvae.weights.read import CONFIG_KEY, MODEL_KEY
+from causalvae.weights.read import own_entries
 from causalvae.weights.tensorfiles import INDEX_SUFFIX, read_index, read_json, write_safetensors
 from causalvae.weights.writing import aside, num_bytes_of, to_dtype
 
@@ -209,10 +209,7 @@ def _told(loaded: Loaded) -> dict[str, str]:
     """Whose model it is, as text. Not for a file that may lack tensors and does: its names are told apart."""
     if loaded.missing:
         return {}
-    return {
-        MODEL_KEY: type(loaded.config).__name__,
-        CONFIG_KEY: json.dumps(asdict(loaded.config)),
-    }
+    return own_entries(loaded.config)
 
 
 def _names_are_silent(loaded: Loaded) -> bool:
