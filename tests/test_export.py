@@ -38,7 +38,7 @@ OWN: dict[str, OwnConfig] = {
     "osp_v1.0": dataclasses.replace(V1_0, **FEW),
     "osp_v1.0 with the levels of its class": dataclasses.replace(CLASS_LEVELS, **FEW),
     "osp_v1.1": CausalVAEConfig(norm="clip", **TWO_LEVELS),
-    "osp_v1.2": CausalVAEConfig(norm="clip", temporal="joint", **TWO_LEVELS),
+    "osp_v1.2": CausalVAEConfig(norm="clip", temporal="joint", **FEW),
     "wfvae": WFVAEConfig(
         base_channels=8, encoder_energy=4, decoder_energy=4, encoder_res_blocks=1, decoder_res_blocks=1
     ),
@@ -90,6 +90,7 @@ def moved_on(path: Path, place: str, folder: Path, *, shard_size: int | None = N
     return convert(path, folder / ending, to=form, shard_size=shard_size if takes_shards else None).path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*OWN, *THEIRS])
 def test_the_way_through_every_pair_of_formats_keeps_every_bit_and_the_config(
     name: str, tmp_path: Path
