@@ -112,12 +112,7 @@ def export(
     if to == "onnx":
         _refuse_without_packages()
     loaded = load_model(source, prefer=prefer, model_config=model_config)
-    if isinstance(loaded.config, DiffusersConfig):
-        raise ConfigError(
-            f"{source}: {loaded.config.class_name} can't be exported: the code of diffusers takes a clip "
-            "apart by loops over its frames, so that a program would hold for one number of frames only; use "
-            "the model through diffusers, which `causalvae convert --to diffusers` writes for"
-        )
+    _refuse_diffusers(loaded, source)
     vae = _model_of(loaded)
     halves = {"encoder": Encoding(vae), "decoder": Decoding(vae)}
     traced = {name: _trace(half, vae, side=name) for name, half in halves.items()}
@@ -136,6 +131,15 @@ def export(
         facts = _facts(loaded, programs, to=to)
         (partial / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
     return Exported(target, facts, loaded.notes)
+
+
+def _refuse_diffusers(loaded: Loaded, source: Path) -> None:
+    if isinstance(loaded.config, DiffusersConfig):
+        raise ConfigError(
+            f"{source}: {loaded.config.class_name} can't be exported: the code of diffusers takes a clip "
+            "apart by loops over its frames, so that a program would hold for one number of frames only; use "
+            "the model through diffusers, which `causalvae convert --to diffusers` writes for"
+        )
 
 
 def _refuse_target(target: Path, *, overwrite: bool) -> None:
