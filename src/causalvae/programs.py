@@ -120,7 +120,7 @@ def export(
     with in_the_place_of(target) as folder, aside([folder], num_bytes=num_bytes) as (partial,):
         partial.mkdir()
         programs = {
-            name: _written(halves[name], program, vae, side=name, folder=partial, to=to)
+            name: _written(halves[name], program, vae=vae, side=name, folder=partial, to=to)
             for name, program in traced.items()
         }
         facts = _facts(loaded, programs, to=to)
@@ -129,12 +129,12 @@ def export(
 
 
 def _written(
-    half: nn.Module, program: ExportedProgram, vae: Model, *, side: str, folder: Path, to: Kind
+    half: nn.Module, program: ExportedProgram, *, vae: Model, side: str, folder: Path, to: Kind
 ) -> dict[str, Any]:  # Any: JSON
     """Write one program, compare it with the model, and give its facts."""
     file = folder / f"{side}{ENDINGS[to]}"
     run = (_write_onnx if to == "onnx" else _write_torch)(program, file, side=side)
-    return _entry(file, vae, side=side, worst=largest_difference(half, run, vae, side=side))
+    return _entry(file, vae, side=side, worst=largest_difference(half, run, vae=vae, side=side))
 
 
 def _refuse_target(target: Path, *, overwrite: bool) -> None:
@@ -240,7 +240,7 @@ def _write_onnx(program: ExportedProgram, file: Path, *, side: str) -> Run:
 
 
 @torch.no_grad()
-def largest_difference(half: nn.Module, run: Run, vae: Model, *, side: str) -> float:
+def largest_difference(half: nn.Module, run: Run, *, vae: Model, side: str) -> float:
     """Largest difference of program and model over all sizes tried. RunError if it is too large."""
     worst = 0.0
     for size in TRIED:
