@@ -106,9 +106,9 @@ def test_a_program_that_is_not_the_model_is_refused(tmp_path: Path) -> None:
     other = trained(dataclasses.replace(TINY, hidden_size=16, **LEVELS)).float().eval()
     for side, half in (("encoder", Encoding), ("decoder", Decoding)):
         same, wrong = half(vae), half(other)
-        assert largest_difference(same, partial(_listed, same), vae, side=side) == 0
+        assert largest_difference(same, partial(_listed, same), vae=vae, side=side) == 0
         with pytest.raises(RunError, match=rf"the program of the {side} does not do .* it differs by"):
-            largest_difference(same, partial(_listed, wrong), vae, side=side)
+            largest_difference(same, partial(_listed, wrong), vae=vae, side=side)
 
 
 def _listed(half: Callable[[Tensor], Tensor | tuple[Tensor, ...]], x: Tensor) -> list[Tensor]:

@@ -84,12 +84,12 @@ def convert(
     known = to or _by_ending(target)
     loaded = load_model(source, prefer=prefer, model_config=model_config)
     form = known or _library_of(loaded.config, target)
-    _refuse_unless_possible(loaded.config, form, target, shard_size=shard_size)
+    _refuse_unless_possible(loaded.config, form, target=target, shard_size=shard_size)
     tensors = _as_in_file(loaded) if dtype is None else to_dtype(loaded.tensors, dtype)
     given = read_json(model_config) if model_config is not None else loaded.file.config
     fields = {} if loaded.file.kind is not None or given is None else given
     _refuse_others(target, form)
-    path = _write(target, loaded, tensors, form=form, fields=fields, shard_size=shard_size)
+    path = _write(target, loaded, tensors=tensors, form=form, fields=fields, shard_size=shard_size)
     written = {path, *(read_index(path) if path.name.endswith(INDEX_SUFFIX) else ())}
     for stale in before:  # of a file that was in more pieces, or in fewer
         if stale not in written and stale.is_file():
@@ -131,7 +131,7 @@ def _library_of(config: ModelConfig, target: Path) -> Format:
 
 
 def _refuse_unless_possible(
-    config: ModelConfig, form: Format, target: Path, *, shard_size: int | None
+    config: ModelConfig, form: Format, *, target: Path, shard_size: int | None
 ) -> None:
     """ConfigError if the format has no place for the model, or not for what was asked."""
     of_diffusers = isinstance(config, DiffusersConfig)
@@ -178,8 +178,8 @@ def _as_in_file(loaded: Loaded) -> dict[str, Tensor]:
 def _write(
     target: Path,
     loaded: Loaded,
-    tensors: Mapping[str, Tensor],
     *,
+    tensors: Mapping[str, Tensor],
     form: Format,
     fields: Mapping[str, Any],  # Any: JSON
     shard_size: int | None,
@@ -201,7 +201,7 @@ def _write(
         published = published_config(loaded.config)
         assert published is not None
         written = published | {name: fields[name] for name in KEPT_FIELDS if name in fields}
-        _write_published(target, loaded.config, tensors, fields=written, shard_size=shard_size)
+        _write_published(target, loaded.config, tensors=tensors, fields=written, shard_size=shard_size)
     return target
 
 
@@ -223,8 +223,8 @@ def _names_are_silent(loaded: Loaded) -> bool:
 def _write_published(
     target: Path,
     config: ModelConfig,
-    tensors: Mapping[str, Tensor],
     *,
+    tensors: Mapping[str, Tensor],
     fields: Mapping[str, Any],  # Any: JSON
     shard_size: int | None,
 ) -> None:

@@ -117,17 +117,12 @@ def export(
     halves = {"encoder": Encoding(vae), "decoder": Decoding(vae)}
     traced = {name: _trace(half, vae, side=name) for name, half in halves.items()}
     num_bytes = sum(p.numel() * p.element_size() for p in vae.parameters())
-    with (
-        in_the_place_of(target) as folder,
-        aside([folder], num_bytes=num_bytes) as (partial,),
-    ):
+    with in_the_place_of(target) as folder, aside([folder], num_bytes=num_bytes) as (partial,):
         partial.mkdir()
-        programs: dict[str, Any] = {}  # Any: JSON
-        for name, program in traced.items():
-            file = partial / f"{name}{ENDINGS[to]}"
-            run = (_write_onnx if to == "onnx" else _write_torch)(program, file, side=name)
-            worst = largest_difference(halves[name], run, vae, side=name)
-            programs[name] = _entry(file, vae, side=name, worst=worst)
+        programs = {
+            name: _written(halves[name], program, vae=vae, side=name, folder=partial, to=to)
+            for name, program in traced.items()
+        }
         facts = _facts(loaded, programs, to=to)
         (partial / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
     return Exported(target, facts, loaded.notes)
@@ -142,6 +137,15 @@ def _refuse_diffusers(loaded: Loaded, source: Path) -> None:
         )
 
 
+def _written(
+    half: nn.Module, program: ExportedProgram, *, vae: Model, side: str, folder: Path, to: Kind
+) -> dict[str, Any]:  # Any: JSON
+    """Write one program, compare it with the model, and give its facts."""
+    file = folder / f"{side}{ENDINGS[to]}"
+    run = (_write_onnx if to == "onnx" else _write_torch)(program, file, side=side)
+    return _entry(file, vae, side=side, worst=largest_difference(half, run, vae=vae, side=side))
+
+
 def _refuse_target(target: Path, *, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
         raise ConfigError(f"{target}: is a file, and an export is a folder; name another")
@@ -151,6 +155,15 @@ def _refuse_target(target: Path, *, overwrite: bool) -> None:
     other = next((each for each in held if not OURS.fullmatch(each.name)), None)
     if other is not None:
         raise ConfigError(f"{other}: is no part of an export, so the folder is not written over")
+
+
+def _refuse_diffusers(loaded: Loaded, source: Path) -> None:
+    if isinstance(loaded.config, DiffusersConfig):
+        raise ConfigError(
+            f"{source}: {loaded.config.class_name} can't be exported: the code of diffusers takes a clip "
+            "apart by loops over its frames, so that a program would hold for one number of frames only; use "
+            "the model through diffusers, which `causalvae convert --to diffusers` writes for"
+        )
 
 
 def _refuse_without_packages() -> None:
@@ -236,7 +249,7 @@ def _write_onnx(program: ExportedProgram, file: Path, *, side: str) -> Run:
 
 
 @torch.no_grad()
-def largest_difference(half: nn.Module, run: Run, vae: Model, *, side: str) -> float:
+def largest_difference(half: nn.Module, run: Run, *, vae: Model, side: str) -> float:
     """Largest difference of program and model over all sizes tried. RunError if it is too large."""
     worst = 0.0
     for size in TRIED:
