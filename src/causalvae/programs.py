@@ -128,15 +128,6 @@ def export(
     return Exported(target, facts, loaded.notes)
 
 
-def _refuse_diffusers(loaded: Loaded, source: Path) -> None:
-    if isinstance(loaded.config, DiffusersConfig):
-        raise ConfigError(
-            f"{source}: {loaded.config.class_name} can't be exported: the code of diffusers takes a clip "
-            "apart by loops over its frames, so that a program would hold for one number of frames only; use "
-            "the model through diffusers, which `causalvae convert --to diffusers` writes for"
-        )
-
-
 def _written(
     half: nn.Module, program: ExportedProgram, *, vae: Model, side: str, folder: Path, to: Kind
 ) -> dict[str, Any]:  # Any: JSON
