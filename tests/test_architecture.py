@@ -32,7 +32,8 @@ data.clips  data.workers  data.loader  data.encode  data.scan
 weights.published  weights.names  weights.writing  weights.tensorfiles  weights.standins  weights.pytorch
 weights.mindspore  weights.layouts  weights.diffusers  weights.read  weights.diffusers_folder  weights.load
 weights.inflate
-losses  metrics  perceptual
+losses  perceptual
+fidelity  temporal  artefacts  moments  latents  frechet  compute  metrics
 infer
 evaluate  export  programs
 train.optim  train.convolutions  train.precision  train.stability  train.compiling  train.debug

@@ -53,3 +53,8 @@ def generator(base: int) -> torch.Generator:
 def normal(shape: Sequence[int], base: int) -> Tensor:
     """Standard normal numbers of this shape, fp32, drawn on the CPU so that every device gets the same."""
     return torch.randn(tuple(shape), generator=generator(base))
+
+
+def integers(shape: Sequence[int], *, n: int, base: int) -> Tensor:
+    """Integers in [0, n), int64, drawn on the CPU."""
+    return torch.randint(n, tuple(shape), generator=generator(base))
