@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING
 from causalvae import __version__
 from causalvae.config import DemoSettings, NoSettings, TrainSettings, help_text, read_settings
 from causalvae.errors import CausalVAEError, ConfigError, exit_status
-from causalvae.flags import closest, printable
+from causalvae.flags import closest, flags_of, printable
+from causalvae.flagtext import default_text
 from causalvae.models.presets import PARAMETERS, PRESETS
+from causalvae.reportflags import ReportSettings, WatchSettings, paths_of, split_words
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the number of SIGINT, of SIGPIPE, as shells have it
 NOT_YET = (
-    "explain", "init", "eval", "reconstruct", "encode", "decode", "export", "convert", "data", "report",
-    "doctor",
+    "explain", "init", "eval", "reconstruct", "encode", "decode", "export", "convert", "data", "doctor",
 )  # fmt: skip
 
 
@@ -37,6 +38,7 @@ class Command:
     table: "type[DataclassInstance]"
     does: str
     more: str
+    words: str = ""  # what stands before the flags, for the help page
 
 
 def run() -> None:
@@ -80,7 +82,7 @@ def _dispatch(command: str, argv: Sequence[str]) -> int:
         raise ConfigError(f"{command}: there is no such command; {hint}")
     entry = COMMANDS[command]
     if "--help" in argv or "-h" in argv:
-        usage, intro = f"causalvae {command} [FLAGS]", f"{entry.does}. {entry.more}"
+        usage, intro = f"causalvae {command} {entry.words}[FLAGS]", f"{entry.does}. {entry.more}"
         width = shutil.get_terminal_size().columns
         return _show(help_text(entry.table, usage=usage, intro=intro, width=width))
     return entry.call(argv)
@@ -112,6 +114,39 @@ def _demo(argv: Sequence[str]) -> int:
     return result.status
 
 
+def _report(argv: Sequence[str]) -> int:
+    words, flags = split_words(argv)
+    settings, _ = read_settings(ReportSettings, flags)
+    paths, out = paths_of(words, command="report"), Path(settings.out)
+    from causalvae.report.build import write_report
+
+    report = write_report(paths, out=out, defaults=_defaults(), lang=settings.lang)
+    notes = "".join(f"warning: {note}\n" for note in report.notes)
+    size = f"{len(report.page) / 1e6:.1f} MB"
+    return _show(f"{notes}{printable(str(out))}: {report.runs} runs, {report.clips} clips, {size}\n")
+
+
+def _watch(argv: Sequence[str]) -> int:
+    words, flags = split_words(argv)
+    settings, _ = read_settings(WatchSettings, flags)
+    paths = paths_of(words, command="watch")
+    from causalvae.report.watch import watch
+
+    return watch(
+        paths,
+        defaults=_defaults(),
+        lang=settings.lang,
+        every=settings.every,
+        port=settings.port,
+        say=lambda text: print(text, end="", flush=True),
+    )
+
+
+def _defaults() -> dict[str, str]:
+    """Of every flag of the training command, as text."""
+    return {name: default_text(flag) for name, flag in flags_of(TrainSettings).items()}
+
+
 def _models(argv: Sequence[str]) -> int:
     read_settings(NoSettings, argv)
     rows = [("preset", "parameters", "t x h x w", "channels", "widths", "streams")]
@@ -140,6 +175,21 @@ COMMANDS = {
         DemoSettings,
         "Train a tiny model on the clips that come with the package",
         "It shows what the model has learned, in about two minutes on two CPU cores.",
+    ),
+    "report": Command(
+        _report,
+        ReportSettings,
+        "Write one HTML page about one or more runs",
+        "RUN is the folder of a run, or a JSON file of `causalvae eval`. The page needs no network and no "
+        "other file.",
+        "RUN... ",
+    ),
+    "watch": Command(
+        _watch,
+        WatchSettings,
+        "Show that page in a browser while a training goes on",
+        "RUN is the folder of a run. Only this machine can open the page, by the address that is printed.",
+        "RUN... ",
     ),
     "models": Command(
         _models,
