@@ -15,9 +15,11 @@ from typing import Any
 
 from causalvae.errors import ConfigError
 from causalvae.files import disk_error, write_whole
-from causalvae.report import charts, films, views
+from causalvae.report.charts import GROUPS, eval_charts, run_charts
 from causalvae.report.evals import Eval, read_eval, run_evals
+from causalvae.report.films import Sprites, players
 from causalvae.report.records import Run, read_run
+from causalvae.report.views import differing, metric_table, run_view, title_of, worst_clips
 
 HERE = Path(__file__).parent
 LANGUAGES = ("en", "zh")
@@ -45,7 +47,7 @@ def build_report(
     defaults: Mapping[str, str],
     lang: str = "en",
     every: float | None = None,
-    known: films.Sprites | None = None,
+    known: Sprites | None = None,
 ) -> Report:
     """The page of runs and evaluation files.
 
@@ -60,23 +62,21 @@ def build_report(
     by_run = [run_evals(run, index) for index, run in enumerate(runs)]
     evals = [each for found in by_run for each in found]
     evals += [each for path in files for each in read_eval(path, notes=notes)]
-    clips = films.players([run.path for run in runs], notes=notes, known=known)
+    clips = players([run.path for run in runs], notes=notes, known=known)
     data = {
         "lang": lang,
         "texts": {name: read_texts(name) for name in LANGUAGES},
         "runs": [_run_data(run) for run in runs],
-        "charts": charts.run_charts(runs) + charts.eval_charts(evals),
+        "charts": run_charts(runs) + eval_charts(evals),
         "players": clips,
         "every": every,
     }
     context = {
-        "title": views.title_of(runs, files),
-        "runs": [
-            views.run_view(run, found, defaults=defaults) for run, found in zip(runs, by_run, strict=True)
-        ],
-        "differing": views.differing(runs),
-        "metrics": views.metric_table(evals, runs),
-        "worst": views.worst_clips(evals, runs),
+        "title": title_of(runs, files),
+        "runs": [run_view(run, found, defaults=defaults) for run, found in zip(runs, by_run, strict=True)],
+        "differing": differing(runs),
+        "metrics": metric_table(evals, runs),
+        "worst": worst_clips(evals, runs),
         "notes": notes,
         **_presence(data, evals),
     }
@@ -121,7 +121,7 @@ def json_in_html(value: object) -> str:
 
 def _presence(data: Mapping[str, Any], evals: Sequence[Eval]) -> dict[str, Any]:
     """Which sections the page has, and the groups of charts in their order."""
-    groups = [*charts.GROUPS, "other", "heldout", "latents"]
+    groups = [*GROUPS, "other", "heldout", "latents"]
     present = {chart["group"] for chart in data["charts"]}
     return {
         "groups": [group for group in groups if group in present],

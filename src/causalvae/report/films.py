@@ -8,7 +8,7 @@ import base64
 import math
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ MAX_FRAMES = 65  # of a film, from its first
 MAX_CLIPS = 8  # of a run
 MAX_VERSIONS = 8  # steps at which a clip is shown: first, last, and evenly between
 MAX_SIDE = 384  # pixels of a frame on the page
-PIXELS = 26_000_000  # of all sprites of a page; about 4 MB
-BYTES = 5_000_000  # of all sprites of a page
-QUALITY = 82  # of WebP; differences to the film are about 2 of 255
+PIXELS = 18_000_000  # of all sprites of a page; about 5 MB
+BYTES = 5_500_000  # of all sprites of a page
+SMALLEST = 0.1  # of the sides that frames could have
+QUALITY = 82  # of WebP; the luma of a film differs by 2.5 of 255 then
 
 Clip = dict[str, Any]  # Any: JSON
 Sprites = dict[tuple[object, ...], "Film"]  # what was encoded before, by file, time, length and size
@@ -43,17 +44,17 @@ class Film:
     frames: int
 
 
-def players(runs: Sequence[Path], *, notes: list[str], known: Sprites | None = None) -> list[Clip]:
-    """The clips of all runs, worst first, within the size that a page allows. known: read and filled."""
+def players(
+    runs: Sequence[Path], *, notes: list[str], known: Sprites | None = None, num_bytes: int = BYTES
+) -> list[Clip]:
+    """The clips of all runs, worst first. known: read and filled. num_bytes: the most for all sprites."""
     cache = {} if known is None else known
     found = [(index, clip, _chosen(steps)) for index, run in enumerate(runs) for clip, steps in films(run)]
     scale = 1.0
-    for _ in range(3):  # noise needs more bytes per pixel than films do
+    clips = _encode(found, scale=scale, notes=notes, known=cache)
+    while (size := sprite_bytes(clips)) > num_bytes and scale > SMALLEST:  # noise needs more than films do
+        scale *= math.sqrt(num_bytes / size) * 0.9
         clips = _encode(found, scale=scale, notes=notes, known=cache)
-        size = sum(len(text) for clip in clips for text in _texts(clip)) * 3 // 4
-        if size <= BYTES:
-            break
-        scale *= math.sqrt(BYTES / size) * 0.9
     return sorted(clips, key=_badness)
 
 
@@ -116,9 +117,12 @@ def _clip(run: int, number: int, read: Mapping[int, Film], size: tuple[int, int]
     }
 
 
-def _texts(clip: Clip) -> Iterator[str]:
-    yield clip["original"]
-    yield from (version["film"] for version in clip["versions"])
+def sprite_bytes(clips: Sequence[Clip]) -> int:
+    """Of all sprites."""
+    texts = [
+        text for clip in clips for text in (clip["original"], *(each["film"] for each in clip["versions"]))
+    ]
+    return sum(len(text) for text in texts) * 3 // 4
 
 
 def _badness(clip: Clip) -> float:

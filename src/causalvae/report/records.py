@@ -83,7 +83,7 @@ def read_run(path: Path) -> Run:
     known = [name for name in ("run.json", "config.yaml", "metrics.jsonl") if (path / name).exists()]
     if not known:
         raise RunError(
-            f"{printable(str(path))}: not the folder of a run: no run.json, config.yaml or metrics.jsonl in it"
+            f"{printable(str(path))}: not the folder of a run: no run.json, config.yaml or metrics.jsonl"
         )
     run = Run(path, printable(path.resolve().name))
     facts = read_json(path / "run.json", run.notes)

@@ -101,7 +101,7 @@ def _handler(answer: Callable[[str], Answer | None], secret: str) -> type[BaseHT
         server_version, sys_version = "causalvae", ""
 
         def do_GET(self) -> None:
-            port = self.server.server_address[1]
+            port = self.connection.getsockname()[1]
             if self.headers.get("Host") not in (f"{HOST}:{port}", f"localhost:{port}"):
                 return self._send(403, b"this server answers to 127.0.0.1 only\n")
             first, _, name = self.path.removeprefix("/").partition("/")

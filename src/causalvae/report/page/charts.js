@@ -110,8 +110,7 @@ function layout(chart) {
 }
 
 const CONFIG = {
-  displaylogo: false, responsive: true, showTips: false, doubleClick: false,
-  modeBarButtonsToRemove: ["toImage", "select2d", "lasso2d", "autoScale2d"],
+  displayModeBar: false, responsive: true, showTips: false, doubleClick: false,
 };
 
 function draw(plot) {

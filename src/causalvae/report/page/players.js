@@ -178,6 +178,8 @@ class Player {
     const x = (this.frame % columns) * width, y = Math.floor(this.frame / columns) * height;
     this.canvas.width = this.mode === "side" ? 2 * width : width;
     this.canvas.height = height;
+    const shape = this.canvas.width / height;
+    this.canvas.style.width = `min(100%, ${(70 * shape).toFixed(2)}vh)`;
     const pen = this.canvas.getContext("2d");
     const put = (image, from, to, at) => pen.drawImage(image, x + from, y, to - from, height, at + from, 0, to - from, height);
     if (this.mode === "side") { put(original, 0, width, 0); put(film, 0, width, width); } else if (this.mode === "wipe") {
