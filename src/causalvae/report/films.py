@@ -16,11 +16,15 @@ from typing import Any
 import av
 import numpy as np
 from av.error import FFmpegError
+from av.video.reformatter import Interpolation
 
 from causalvae.flags import printable
 
 NAME = re.compile(r"step-([0-9]{8,})-clip([0-9]{1,4})\.mp4")
 PEAK = 255.0
+ACCURATE = (
+    Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+)  # as clips are read
 MAX_FRAMES = 65  # of a film, from its first
 MAX_CLIPS = 8  # of a run
 MAX_VERSIONS = 8  # steps at which a clip is shown: first, last, and evenly between
@@ -153,7 +157,7 @@ def _read(path: Path, size: tuple[int, int]) -> Film:
     psnr: list[float | None] = []
     with av.open(str(path.resolve())) as container:
         for frame in container.decode(video=0):
-            picture = frame.to_ndarray(format="rgb24")  # h 2w 3
+            picture = frame.reformat(format="rgb24", interpolation=ACCURATE).to_ndarray()  # h 2w 3
             half = picture.shape[1] // 2
             halves = picture[:, :half], picture[:, half : 2 * half]
             psnr.append(_psnr(*halves))

@@ -26,7 +26,7 @@ function smoothed(x, y, amount) {
     const keep = i === 0 ? 0 : Math.exp(-Math.max(x[i] - x[i - 1], 1e-9) / reach);
     mean = mean === null ? value : (mean * weight * keep + value) / (weight * keep + 1);
     weight = weight * keep + 1;
-    return mean;
+    return Number(mean.toPrecision(6)); // a curve that does not move must not wander in its last digits
   });
 }
 
@@ -43,6 +43,11 @@ function band(series, ink) {
   ];
 }
 
+// Where a curve is drawn: categories are names, which Plotly would read as HTML too.
+function places(x) {
+  return typeof x[0] === "string" ? x.map(plain) : x;
+}
+
 function curve(chart, series, place) {
   const beside = chart.series.slice(0, place).filter((each) => each.run === series.run).length;
   const dash = ["solid", "dot", "dash", "dashdot"][beside % 4];
@@ -55,7 +60,7 @@ function curve(chart, series, place) {
   const smooth = state.smoothing > 0 && !few && !series.low;
   if (!smooth) {
     const mode = few ? "lines+markers" : "lines";
-    return [...bands, { ...named, x: series.x, y: series.y, mode, line, marker: { size: 5, color: ink } }];
+    return [...bands, { ...named, x: places(series.x), y: series.y, mode, line, marker: { size: 5, color: ink } }];
   }
   const x = series.mx || series.x;
   const y = smoothed(x, series.my || series.y, state.smoothing);
@@ -90,6 +95,23 @@ function traces(chart) {
   return [...shown.flatMap((series, place) => curve({ series: shown }, series, place)), ...marks(chart)];
 }
 
+// The heights that a chart shows: of a zoomed one, those of the steps in sight; where spikes are cut, all but
+// the highest and lowest hundredth, if the rest would be squeezed into a quarter. null leaves it to Plotly.
+function level(chart, log) {
+  if (chart.x !== "step" || chart.group === "heldout") return null;
+  const [from, to] = state.range || [-Infinity, Infinity];
+  const values = chart.series.filter((series) => !state.hidden.has(series.run)).flatMap((series) =>
+    series.y.filter((value, i) => value !== null && series.x[i] >= from && series.x[i] <= to && (!log || value > 0)));
+  if (!values.length) return null;
+  const sorted = values.map((value) => (log ? Math.log10(value) : value)).sort((a, b) => a - b);
+  const at = (part) => sorted[Math.round(part * (sorted.length - 1))];
+  const low = at(0.01), high = at(0.99), all = at(1) - at(0);
+  if (state.cut && values.length >= 50 && high > low && all > 4 * (high - low)) {
+    return [low - 0.3 * (high - low), high + 0.3 * (high - low)];
+  }
+  return state.range && all > 0 ? [at(0) - 0.06 * all, at(1) + 0.06 * all] : null;
+}
+
 function layout(chart) {
   const axis = { gridcolor: color("grid"), linecolor: color("line"), zeroline: false, automargin: true };
   const category = typeof (chart.series[0].x[0]) === "string";
@@ -98,9 +120,10 @@ function layout(chart) {
   const x = { ...axis, title: { text: named, font: { size: 11 }, standoff: 6 } };
   if (category) x.type = "category";
   if (state.range && chart.x === "step") x.range = [...state.range];
+  const cut = level(chart, log);
   return {
     xaxis: x,
-    yaxis: { ...axis, type: log ? "log" : "linear", exponentformat: "e", nticks: 6, title: { text: plain(chart.unit), font: { size: 11 } } },
+    yaxis: { fixedrange: true, ...(cut ? { range: cut } : {}), ...axis, type: log ? "log" : "linear", exponentformat: "e", nticks: 6, title: { text: plain(chart.unit), font: { size: 11 } } },
     yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
     margin: { l: 44, r: 10, t: 8, b: 34 }, showlegend: false, hovermode: "closest", dragmode: "zoom",
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
@@ -140,8 +163,7 @@ function zoom(range) {
   state.range = range;
   for (const plot of drawn) {
     if (charts.get(plot).x !== "step") continue;
-    const change = range ? { "xaxis.range": [...range] } : { "xaxis.autorange": true, "yaxis.autorange": true };
-    Plotly.relayout(plot, change);
+    draw(plot);
   }
 }
 
@@ -196,5 +218,7 @@ function showTools() {
   smoothing.addEventListener("input", () => { state.smoothing = Number(smoothing.value); redraw(); });
   const log = document.getElementById("log");
   log.addEventListener("change", () => { state.log = log.checked; redraw(); });
+  const cut = document.getElementById("cut");
+  cut.addEventListener("change", () => { state.cut = cut.checked; redraw(); });
   document.getElementById("unzoom").addEventListener("click", () => zoom(null));
 }
