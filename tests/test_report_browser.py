@@ -77,7 +77,8 @@ def open_page(browser: WebDriver, address: str) -> None:
     for kind in ("browser", "performance"):
         browser.get_log(kind)
     browser.get(address)
-    assert browser.execute_script("return document.documentElement.dataset.ready") == "yes"
+    ready = "return document.documentElement.dataset.ready === 'yes' && location.href === arguments[0]"
+    wait(browser, ready, address)
 
 
 def wait(browser: WebDriver, script: str, *args: Any) -> Any:
@@ -121,20 +122,21 @@ def test_curves_are_drawn_when_seen_and_follow_the_switches(
     assert browser.execute_script(lines, chart) != before
     one(browser, "#smoothing").send_keys(Keys.HOME)
     assert len(browser.execute_script(lines, chart)) == 1
+    highest = "return arguments[0].querySelector('.plot').layout.yaxis.range[1]"
+    assert browser.execute_script(highest, chart) < 0.5  # the spike of 9.75 is cut
+    one(browser, "#cut").click()
+    assert browser.execute_script(highest, chart) > 9
     one(browser, "#log").click()
     assert (
         browser.execute_script("return arguments[0].querySelector('.plot').layout.yaxis.type", chart) == "log"
     )
-    highest = "return arguments[0].querySelector('.plot').layout.yaxis.range[1]"
-    assert browser.execute_script(highest, chart) < 0.5  # the spike of 9.75 is cut
-    one(browser, "#cut").click()
-    assert browser.execute_script(highest, chart) > 0.9  # log10
     browser.execute_script(SHOW_ALL)
     drag = (
         "Plotly.relayout(arguments[0].querySelector('.plot'), {'xaxis.range[0]': 100, 'xaxis.range[1]': 200})"
     )
     browser.execute_script(drag, chart)
-    ranges = "return [...drawn].filter((p) => charts.get(p).x === 'step').map((p) => p.layout.xaxis.range.map(Math.round))"
+    along = "[...drawn].filter((plot) => charts.get(plot).x === 'step')"
+    ranges = f"return {along}.map((plot) => plot.layout.xaxis.range.map(Math.round))"
     assert {tuple(each) for each in browser.execute_script(ranges)} == {(100, 200)}
     one(browser, "#unzoom").click()
     assert all(high > 40_000 for _, high in browser.execute_script(ranges))
@@ -224,7 +226,7 @@ def test_language_theme_and_width_change_in_the_page(browser: WebDriver, tmp_pat
     assert len(seen) == 2
     phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)  # pyright: ignore[reportAttributeAccessIssue]
-    assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+    wait(browser, "return document.documentElement.scrollWidth === 390")
     picture(browser, "phone")
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})  # pyright: ignore[reportAttributeAccessIssue]
     printed = browser.execute_cdp_cmd("Page.printToPDF", {})  # pyright: ignore[reportAttributeAccessIssue]
