@@ -267,6 +267,15 @@ def test_every_frame_of_a_film_is_in_its_sprite_in_order(tmp_path: Path) -> None
     assert clip["versions"][-1]["psnr"] == pytest.approx(expected, abs=0.006)
 
 
+def test_films_of_another_shape_than_the_last_are_left_out(tmp_path: Path) -> None:
+    write_films(tmp_path, steps=[10], clips=1, frames=9, size=64)
+    write_films(tmp_path, steps=[20], clips=1, frames=5, size=64)
+    write_films(tmp_path, steps=[30, 40], clips=1, frames=9, size=32)
+    (clip,) = films.players([tmp_path], notes=[])
+    assert [each["step"] for each in clip["versions"]] == [30, 40]
+    assert (clip["height"], clip["width"], clip["frames"]) == (32, 32, 9)
+
+
 def sprite_frames(clip: dict, text: str) -> np.ndarray:
     with av.open(io.BytesIO(base64.b64decode(text)), format="webp_pipe") as container:
         sheet = next(container.decode(video=0)).to_ndarray(format="rgb24")

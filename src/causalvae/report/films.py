@@ -40,12 +40,15 @@ Sprites = dict[tuple[object, ...], "Film"]  # what was encoded before, by file, 
 
 @dataclass(frozen=True)
 class Film:
-    """Original and reconstruction as WebP in base64, and the PSNR of every frame in dB, None where equal."""
+    """Both as WebP in base64, and the PSNR of every frame in dB, None where equal.
+
+    original: empty where another film of the clip has it.
+    """
 
     original: str
     reconstruction: str
     psnr: tuple[float | None, ...]
-    frames: int
+    size: tuple[int, int]  # height and width of a frame on the page
 
 
 def players(
@@ -86,37 +89,43 @@ def _encode(
     clips: list[Clip] = []
     for run, number, steps in found:
         read: dict[int, Film] = {}
-        size = (0, 0)
-        for step, path in steps.items():
+        for step, path in sorted(steps.items(), reverse=True):
+            newest = not read  # its original is shown for all
             try:
                 frames, height, width = _shape(path)
                 size = _fit(height, width, share=scale * scale * PIXELS / (sprites * frames))
                 facts = path.stat()
-                key = (str(path), facts.st_mtime_ns, facts.st_size, size)
+                key = (str(path), facts.st_mtime_ns, facts.st_size, size, newest)
                 if key not in known:
-                    known[key] = _read(path, size)
+                    known[key] = _read(path, size, original=newest)
                 read[step] = known[key]
             except (FFmpegError, OSError, ValueError) as error:
                 note = f"{printable(path.name)}: can't be shown: {printable(str(error))}"
                 notes += [] if note in notes else [note]
         if read:
-            clips.append(_clip(run, number, read, size))
+            clips.append(_clip(run, number, read))
     return clips
 
 
-def _clip(run: int, number: int, read: Mapping[int, Film], size: tuple[int, int]) -> Clip:
+def _clip(run: int, number: int, read: Mapping[int, Film]) -> Clip:
+    """What the page needs of one clip. Films of another shape than the last one are left out."""
     last = read[max(read)]
-    fitting = {step: film for step, film in sorted(read.items()) if film.frames == last.frames}
+    frames = len(last.psnr)
+    fitting = [
+        (step, film)
+        for step, film in sorted(read.items())
+        if film.size == last.size and len(film.psnr) == frames
+    ]
     return {
         "run": run,
         "clip": number,
-        "height": size[0],
-        "width": size[1],
-        "frames": last.frames,
-        "columns": _columns(last.frames),
+        "height": last.size[0],
+        "width": last.size[1],
+        "frames": frames,
+        "columns": _columns(frames),
         "original": last.original,
         "versions": [
-            {"step": step, "film": film.reconstruction, "psnr": film.psnr} for step, film in fitting.items()
+            {"step": step, "film": film.reconstruction, "psnr": film.psnr} for step, film in fitting
         ],
     }
 
@@ -151,7 +160,7 @@ def _fit(height: int, width: int, *, share: float) -> tuple[int, int]:
     return max(16, round(height * scale)), max(16, round(width * scale))
 
 
-def _read(path: Path, size: tuple[int, int]) -> Film:
+def _read(path: Path, size: tuple[int, int], *, original: bool) -> Film:
     """Decode a film of two halves side by side. PSNR is of the frames before they are resized."""
     sides: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     psnr: list[float | None] = []
@@ -167,7 +176,7 @@ def _read(path: Path, size: tuple[int, int]) -> Film:
                 break
     if not psnr:
         raise ValueError("it has no frames")
-    return Film(_sprite(sides[0]), _sprite(sides[1]), tuple(psnr), len(psnr))
+    return Film(_sprite(sides[0]) if original else "", _sprite(sides[1]), tuple(psnr), size)
 
 
 def _psnr(a: np.ndarray, b: np.ndarray) -> float | None:
