@@ -277,7 +277,7 @@ def test_films_of_another_shape_than_the_last_are_left_out(tmp_path: Path) -> No
 
 
 def sprite_frames(clip: dict, text: str) -> np.ndarray:
-    with av.open(io.BytesIO(base64.b64decode(text)), format="webp_pipe") as container:
+    with av.open(io.BytesIO(base64.b64decode(text)), "r", format="webp_pipe") as container:
         sheet = next(container.decode(video=0)).to_ndarray(format="rgb24")
     h, w, columns = clip["height"], clip["width"], clip["columns"]
     places = [(n // columns * h, n % columns * w) for n in range(clip["frames"])]

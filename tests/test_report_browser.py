@@ -13,8 +13,8 @@ import pytest
 from runfolders import CLOSE, SCRIPT, write_films, write_hostile_run, write_run
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.chrome.webdriver import WebDriver as Chrome
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 
@@ -40,7 +40,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[WebDriver]:
+def browser() -> Iterator[Chrome]:
     options = webdriver.ChromeOptions()
     for word in (
         "headless=new",
@@ -65,7 +65,7 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def show(browser: WebDriver, tmp_path: Path, *runs: Path) -> Path:
+def show(browser: Chrome, tmp_path: Path, *runs: Path) -> Path:
     """Write the page of these runs and open it, with nothing logged before."""
     out = tmp_path / "page.html"
     assert main("report", [*(str(run) for run in runs), "--out", str(out)]) == 0
@@ -73,7 +73,7 @@ def show(browser: WebDriver, tmp_path: Path, *runs: Path) -> Path:
     return out
 
 
-def open_page(browser: WebDriver, address: str) -> None:
+def open_page(browser: Chrome, address: str) -> None:
     for kind in ("browser", "performance"):
         browser.get_log(kind)
     browser.get(address)
@@ -81,22 +81,22 @@ def open_page(browser: WebDriver, address: str) -> None:
     wait(browser, ready, address)
 
 
-def wait(browser: WebDriver, script: str, *args: Any) -> Any:
+def wait(browser: Chrome, script: str, *args: Any) -> Any:
     """What a script gives, once that is something."""
     return WebDriverWait(browser, LIMIT_S, 0.05).until(lambda driver: driver.execute_script(script, *args))
 
 
-def one(browser: WebDriver, selector: str) -> WebElement:
+def one(browser: Chrome, selector: str) -> WebElement:
     return browser.find_element("css selector", selector)
 
 
-def painted(browser: WebDriver, player: WebElement, what: str) -> list[int]:
+def painted(browser: Chrome, player: WebElement, what: str) -> list[int]:
     """The pixels of a film, once it shows this: mode, frame, step."""
     wait(browser, "return arguments[0].dataset.painted === arguments[1]", player, what)
     return browser.execute_script(PIXELS, player.find_element("css selector", "canvas"))
 
 
-def requests(browser: WebDriver) -> list[str]:
+def requests(browser: Chrome) -> list[str]:
     """Addresses that the page asked for since it was opened, but for those that carry their data."""
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
@@ -104,7 +104,7 @@ def requests(browser: WebDriver) -> list[str]:
 
 
 def test_curves_are_drawn_when_seen_and_follow_the_switches(
-    browser: WebDriver, tmp_path: Path, long_run: Path
+    browser: Chrome, tmp_path: Path, long_run: Path
 ) -> None:
     out = show(browser, tmp_path, long_run)
     assert out.stat().st_size < PAGE_MB * 1e6
@@ -143,7 +143,7 @@ def test_curves_are_drawn_when_seen_and_follow_the_switches(
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 
-def test_two_runs_are_compared_and_one_can_be_hidden(browser: WebDriver, tmp_path: Path) -> None:
+def test_two_runs_are_compared_and_one_can_be_hidden(browser: Chrome, tmp_path: Path) -> None:
     runs = [
         write_run(tmp_path / name, max_steps=2000, batch_size=size) for name, size in (("a", 1), ("b", 2))
     ]
@@ -156,7 +156,7 @@ def test_two_runs_are_compared_and_one_can_be_hidden(browser: WebDriver, tmp_pat
     assert "batch_size" in one(browser, "#overview").text.split("What differs between the runs")[1]
 
 
-def test_a_film_is_stepped_wiped_and_compared_by_keys(browser: WebDriver, tmp_path: Path) -> None:
+def test_a_film_is_stepped_wiped_and_compared_by_keys(browser: Chrome, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", max_steps=300, saves=3)
     write_films(run, steps=[100, 200, 300], clips=2, size=64)
     show(browser, tmp_path, run)
@@ -204,7 +204,7 @@ def mean(rgba: list[int]) -> float:
     return sum(colours) / len(colours)
 
 
-def test_language_theme_and_width_change_in_the_page(browser: WebDriver, tmp_path: Path) -> None:
+def test_language_theme_and_width_change_in_the_page(browser: Chrome, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", max_steps=300, saves=3)
     write_films(run, steps=[300], clips=1)
     show(browser, tmp_path, run)
@@ -225,21 +225,21 @@ def test_language_theme_and_width_change_in_the_page(browser: WebDriver, tmp_pat
         picture(browser, f"{theme}")
     assert len(seen) == 2
     phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)  # pyright: ignore[reportAttributeAccessIssue]
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
     wait(browser, "return document.documentElement.scrollWidth === 390")
     picture(browser, "phone")
-    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})  # pyright: ignore[reportAttributeAccessIssue]
-    printed = browser.execute_cdp_cmd("Page.printToPDF", {})  # pyright: ignore[reportAttributeAccessIssue]
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    printed = browser.execute_cdp_cmd("Page.printToPDF", {})
     assert len(printed["data"]) > 20_000
 
 
-def picture(browser: WebDriver, name: str) -> None:
+def picture(browser: Chrome, name: str) -> None:
     """Keep a picture of the window where CAUSALVAE_PICTURES asks for it, to be looked at."""
     if folder := os.environ.get("CAUSALVAE_PICTURES"):
         browser.save_screenshot(f"{folder}/report-{name}.png")
 
 
-def test_a_hostile_run_is_shown_as_text_and_asks_for_nothing(browser: WebDriver, tmp_path: Path) -> None:
+def test_a_hostile_run_is_shown_as_text_and_asks_for_nothing(browser: Chrome, tmp_path: Path) -> None:
     run = write_hostile_run(tmp_path)
     out = show(browser, tmp_path, run)
     browser.execute_script(SHOW_ALL)
@@ -264,7 +264,7 @@ def test_a_hostile_run_is_shown_as_text_and_asks_for_nothing(browser: WebDriver,
     assert [entry["message"] for entry in browser.get_log("browser")] == []
 
 
-def test_a_watched_page_takes_up_what_the_training_writes(browser: WebDriver, tmp_path: Path) -> None:
+def test_a_watched_page_takes_up_what_the_training_writes(browser: Chrome, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", max_steps=300, saves=3)
     server = Watch([run], defaults={}, lang="en", every=0.5, port=0)
     thread = Thread(target=server.serve)

@@ -32,7 +32,7 @@ class WatchSettings:
     port: int = setting(
         0, BASICS, limits={"at_least": 0, "below": 65536}, help="port on 127.0.0.1; 0 takes one that is free"
     )
-    every: float = setting(5.0, BASICS, limits={"at_least": 0.5}, help="seconds between looks at the run")
+    every: float = setting(15.0, BASICS, limits={"at_least": 0.5}, help="seconds between looks at the run")
     lang: Literal["en", "zh"] = setting("en", BASICS, help=LANG_HELP)
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ ACCURATE = (
     Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 )  # as clips are read
 MAX_FRAMES = 65  # of a film, from its first
+MAX_PIXELS = 1 << 26  # of a film; a damaged header must not ask for all of the memory
 MAX_CLIPS = 8  # of a run
 MAX_VERSIONS = 8  # steps at which a clip is shown: first, last, and evenly between
 MAX_SIDE = 384  # pixels of a frame on the page
@@ -99,7 +100,7 @@ def _encode(
                 if key not in known:
                     known[key] = _read(path, size, original=newest)
                 read[step] = known[key]
-            except (FFmpegError, OSError, ValueError) as error:
+            except (FFmpegError, OSError, ValueError, IndexError) as error:
                 note = f"{printable(path.name)}: can't be shown: {printable(str(error))}"
                 notes += [] if note in notes else [note]
         if read:
@@ -151,6 +152,8 @@ def _shape(path: Path) -> tuple[int, int, int]:
         frames = sum(1 for packet in container.demux(stream) if packet.size)
         if frames == 0 or stream.width < 2:
             raise ValueError("it has no frames")
+        if stream.height * stream.width > MAX_PIXELS:
+            raise ValueError(f"its frames have {stream.height} x {stream.width} pixels")
         return min(frames, MAX_FRAMES), stream.height, stream.width // 2
 
 

@@ -90,7 +90,7 @@ def read_run(path: Path) -> Run:
     run.facts = facts if isinstance(facts, dict) else {}
     run.settings = _read_settings(path / "config.yaml", run.notes)
     run.name = run.setting("exp_name") or run.name
-    _read_metrics(run, read_lines(path / "metrics.jsonl", run.notes))
+    _read_metrics(run, _raw_lines(path / "metrics.jsonl", run.notes))
     run.events += _checkpoints(path) + _log_warnings(path / "log.txt")
     run.events = sorted(run.events, key=lambda event: event.step)[-MAX_EVENTS:]
     run.quarantine = [row for row in read_lines(path / "quarantine.jsonl", run.notes) if "video" in row]
@@ -149,6 +149,11 @@ def read_json(path: Path, notes: list[str]) -> Any:  # Any: JSON values nest
 
 def read_lines(path: Path, notes: list[str]) -> list[Json]:
     """The whole records of a file of JSON lines, safe to be shown."""
+    return [safe(record) for record in _raw_lines(path, notes)]
+
+
+def _raw_lines(path: Path, notes: list[str]) -> list[Json]:
+    """The whole records of a file of JSON lines, as they are."""
     found: list[Json] = []
     torn = 0
     for line in read_bytes(path, notes).splitlines():
@@ -158,7 +163,7 @@ def read_lines(path: Path, notes: list[str]) -> list[Json]:
             torn += 1
             continue
         if isinstance(record, dict):
-            found.append(safe(record))
+            found.append(cast(Json, record))
     if torn > 1:  # a kill cuts off one
         notes.append(f"{printable(path.name)}: {torn} lines are not JSON")
     return found
@@ -185,7 +190,8 @@ def _read_settings(path: Path, notes: list[str]) -> list[Setting]:
 
 
 def _read_metrics(run: Run, records: Sequence[Json]) -> None:
-    """Fill in curves, times and the steps that were skipped."""
+    """Fill in curves, times and the steps that were skipped. records: as they are, for there are many."""
+    curves: dict[str, tuple[list[int], list[float | None]]] = {}
     for record in records:
         step = number(record.get("step"))
         if step is None:
@@ -196,17 +202,17 @@ def _read_metrics(run: Run, records: Sequence[Json]) -> None:
         if time is not None:
             run.first_time = time if run.first_time is None else run.first_time
             run.last_time = time
-        if record.get("skipped"):
-            run.events.append(Event(at, "skipped", f"step {at}: {record['skipped']}"))
+        if skipped := number(record.get("skipped")):
+            run.events.append(Event(at, "skipped", f"{skipped:g}"))
         for name, value in record.items():
             if name in NOT_CURVES or isinstance(value, dict | list | bool):
                 continue
-            if name not in run.curves and len(run.curves) >= MAX_NAMES:
+            if name not in curves and len(curves) >= MAX_NAMES:
                 continue
-            steps, values = run.curves.setdefault(name, ([], []))
+            steps, values = curves.setdefault(name, ([], []))
             steps.append(at)
             values.append(number(value))
-    run.curves = {name: curve for name, curve in run.curves.items() if any(v is not None for v in curve[1])}
+    run.curves = {safe(name): curve for name, curve in curves.items() if any(v is not None for v in curve[1])}
 
 
 def _checkpoints(path: Path) -> list[Event]:

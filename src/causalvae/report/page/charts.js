@@ -1,6 +1,7 @@
 // Curves. A chart is drawn when it comes near the window, and drawn again when a switch above it moves.
 const charts = new Map(); // element of the plot -> its chart; drawn ones are in `drawn`
 const drawn = new Set();
+const PRINTED = [320, 200]; // pixels of a chart on paper, two beside each other
 const MARKS = { checkpoint: "triangle-up", warning: "diamond", skipped: "x", aside: "triangle-down-open" };
 const MARK_COLORS = { checkpoint: "soft", warning: "warn", skipped: "bad", aside: "bad" };
 
@@ -107,7 +108,8 @@ function level(chart, log) {
   const at = (part) => sorted[Math.round(part * (sorted.length - 1))];
   const low = at(0.01), high = at(0.99), all = at(1) - at(0);
   if (state.cut && values.length >= 50 && high > low && all > 4 * (high - low)) {
-    return [low - 0.3 * (high - low), high + 0.3 * (high - low)];
+    const room = high - low;
+    return [Math.max(low - 0.3 * room, at(0) - 0.06 * room), Math.min(high + 0.3 * room, at(1) + 0.06 * room)];
   }
   return state.range && all > 0 ? [at(0) - 0.06 * all, at(1) + 0.06 * all] : null;
 }
@@ -125,6 +127,7 @@ function layout(chart) {
     xaxis: x,
     yaxis: { fixedrange: true, ...(cut ? { range: cut } : {}), ...axis, type: log ? "log" : "linear", exponentformat: "e", nticks: 6, title: { text: plain(chart.unit), font: { size: 11 } } },
     yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
+    ...(state.printing ? { width: PRINTED[0], height: PRINTED[1] } : { autosize: true }),
     margin: { l: 44, r: 10, t: 8, b: 34 }, showlegend: false, hovermode: "closest", dragmode: "zoom",
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: color("soft"), size: 11, family: "system-ui, sans-serif" },

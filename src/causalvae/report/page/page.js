@@ -62,10 +62,14 @@ theme.addEventListener("change", () => applyTheme(theme.value));
 dark.addEventListener("change", () => applyTheme(theme.value));
 lang.addEventListener("change", () => applyLanguage(lang.value));
 addEventListener("beforeprint", () => {
+  state.printing = true;
   applyTheme("light");
   for (const plot of charts.keys()) draw(plot);
 });
-addEventListener("afterprint", () => applyTheme(theme.value));
+addEventListener("afterprint", () => {
+  state.printing = false;
+  applyTheme(theme.value);
+});
 showLegend();
 showTools();
 showCharts();

@@ -2,7 +2,7 @@
 // set as text: nothing here or below reads data as HTML.
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
-const state = { lang: data.lang, smoothing: 0.6, log: false, cut: true, hidden: new Set(), range: null };
+const state = { lang: data.lang, smoothing: 0.6, log: false, cut: true, printing: false, hidden: new Set(), range: null };
 
 function text(key, instead) {
   const words = data.texts[state.lang];
