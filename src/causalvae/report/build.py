@@ -51,17 +51,16 @@ def build_report(
 ) -> Report:
     """The page of runs and evaluation files.
 
-    paths: folders of runs, and JSON files of `causalvae eval`. defaults: of the training's flags, as text.
-    every: seconds between looks for a newer page, None for a page that stays. known: films that were encoded
-    before, which is filled. Raises RunError for a folder that is none of a run, ConfigError without extra.
+    paths: folders of runs, files of `causalvae eval`. defaults: of the training's flags. every: seconds
+    between looks for a newer page, or None. known: films encoded before; it is filled. RunError for a folder
+    that is none of a run, ConfigError without the extra.
     """
     plotly = plotly_script("report" if every is None else "watch")
     files = [path for path in paths if path.is_file()]
-    runs = [read_run(path) for path in paths if path not in files]
-    notes: list[str] = []
+    runs, notes = [read_run(path) for path in paths if path not in files], list[str]()
     by_run = [run_evals(run, index) for index, run in enumerate(runs)]
-    evals = [each for found in by_run for each in found]
-    evals += [each for path in files for each in read_eval(path, notes=notes)]
+    own = [each for found in by_run for each in found]
+    evals = own + [each for path in files for each in read_eval(path, notes=notes)]
     clips = players([run.path for run in runs], notes=notes, known=known)
     data = {
         "lang": lang,
@@ -77,12 +76,12 @@ def build_report(
         "differing": differing(runs),
         "metrics": metric_table(evals, runs),
         "worst": worst_clips(evals, runs),
-        "notes": notes,
+        "notes": list(notes),
         **_presence(data, evals),
     }
     page = _render(data, context, plotly=plotly, lang=lang)
-    missing = [*notes, *(f"{run.name}: {note}" for run in runs for note in run.notes)]
-    return Report(page, tuple(missing), len(runs), len(clips))
+    notes += [f"{run.name}: {note}" for run in runs for note in run.notes]
+    return Report(page, tuple(notes), len(runs), len(clips))
 
 
 def write_report(

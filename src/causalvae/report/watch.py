@@ -94,6 +94,15 @@ def version(paths: Sequence[Path]) -> str:
     return hashlib.sha256("\n".join(facts).encode(errors="backslashreplace")).hexdigest()[:16]
 
 
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
 def _handler(answer: Callable[[str], Answer | None], secret: str) -> type[BaseHTTPRequestHandler]:
     """The class that http.server makes one of for each request. GET is all that it knows."""
 
@@ -117,16 +126,8 @@ def _handler(answer: Callable[[str], Answer | None], secret: str) -> type[BaseHT
 
         def _send(self, status: int, body: bytes, *, kind: str = "text/plain; charset=utf-8") -> None:
             self.send_response(status)
-            headers = {
-                "Content-Type": kind,
-                "Content-Length": str(len(body)),
-                "X-Content-Type-Options": "nosniff",
-                "X-Frame-Options": "DENY",
-                "Referrer-Policy": "no-referrer",
-                "Cross-Origin-Resource-Policy": "same-origin",
-                "Cache-Control": "no-store",
-            }
-            for name, value in headers.items():
+            about = {"Content-Type": kind, "Content-Length": str(len(body))}
+            for name, value in (about | HEADERS).items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
