@@ -10,6 +10,7 @@ import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,7 @@ def build_report(
     files = [path for path in paths if path.is_file()]
     runs, notes = [read_run(path) for path in paths if path not in files], list[str]()
     by_run = [run_evals(run, index) for index, run in enumerate(runs)]
-    own = [each for found in by_run for each in found]
-    evals = own + [each for path in files for each in read_eval(path, notes=notes)]
+    evals = [*chain(*by_run), *(each for path in files for each in read_eval(path, notes=notes))]
     clips = players([run.path for run in runs], notes=notes, known=known)
     data = {
         "lang": lang,
