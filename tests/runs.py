@@ -43,9 +43,10 @@ MEASURED = {
 
 
 def words(folder: Path, **changes: object) -> list[str]:
-    """The command line of a tiny run that lives in folder/run. None leaves a flag out."""
+    """The command line of a tiny run that lives in folder/run. None leaves a flag out, a tuple has words."""
     chosen = TINY | {"output_dir": str(folder)} | changes
-    flags = [(f"--{name}", *str(value).split()) for name, value in chosen.items() if value is not None]
+    given = {name: value if isinstance(value, tuple) else (value,) for name, value in chosen.items()}
+    flags = [(f"--{name}", *map(str, value)) for name, value in given.items() if value != (None,)]
     return [sys.executable, str(DOOR), *(word for pair in flags for word in pair)]
 
 

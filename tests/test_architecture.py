@@ -19,8 +19,9 @@ TORCH_FROM_HERE = "-- torch from here --"
 LINES = f"""
 errors
 geometry  models.presets
-flags  flagtext  config  weightflags
+flags  flagtext  config  weightflags  reportflags
 files  fetch  rundir  machine
+report.records  report.evals  report.charts  report.films  report.views  report.build  report.watch
 {TORCH_FROM_HERE}
 rng  video
 models.convolution  models.stream  models.norms  models.interpolation  models.fused  models.layers
@@ -35,12 +36,12 @@ weights.inflate
 losses  perceptual
 fidelity  temporal  artefacts  moments  latents  frechet  compute  metrics
 infer
-evaluate  export
+evaluate  export  programs
 train.optim  train.convolutions  train.precision  train.stability  train.compiling  train.debug
 train.parallel  train.signals  train.samples  train.heldout
 train.state  train.runlog  train.replay  train.step  train.predict  train.plan  train.parts  train.networks
 train.loop  train.trainer
-report  explain  doctor  demo  initialise
+explain  doctor  demo  initialise
 cli
 """
 MAY_IMPORT_TORCH_LATE = ("machine",)  # inside a function; cli may import any stage there

@@ -48,7 +48,7 @@ def test_a_command_of_later_says_so(command: str) -> None:
 
 def test_a_wrong_command_gets_a_suggestion() -> None:
     assert "did you mean train?" in refused(*PROGRAM, "trian")
-    assert "there are train, demo, models" in refused(*PROGRAM, "xyzzy")
+    assert f"there are {', '.join(COMMANDS)}" in refused(*PROGRAM, "xyzzy")
     assert "a command comes first" in refused(*PROGRAM, "--video_path", "x")
     assert r"\x1b[31m" in refused(*PROGRAM, "\x1b[31m")
 
@@ -57,7 +57,8 @@ def test_a_wrong_command_gets_a_suggestion() -> None:
 def test_every_command_has_help_and_refuses_what_it_does_not_know(command: str) -> None:
     done = call(*PROGRAM, command, "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"usage: causalvae {command} [FLAGS]\n\n{COMMANDS[command].does}. ")
+    entry = COMMANDS[command]
+    assert done.stdout.startswith(f"usage: causalvae {command} {entry.words}[FLAGS]\n\n{entry.does}. ")
     assert all(len(line) <= 80 for line in done.stdout.splitlines())
     assert "did you mean --help?" in refused(*PROGRAM, command, "--hlep")
 

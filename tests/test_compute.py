@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from causalvae.compute import cost, flops, num_parameters
+from causalvae.models.build import build
+from causalvae.models.presets import PRESETS
 
 CPU = torch.device("cpu")
 
@@ -21,6 +23,13 @@ def test_operations_of_a_convolution_and_of_a_product() -> None:
     # outputs 4 x 4 x 6 x 6, each of 3 x 2 x 3 x 3 multiply-adds
     assert flops(lambda: convolution(torch.zeros(1, 3, 5, 8, 8))) == 2 * (4 * 4 * 6 * 6) * (3 * 2 * 3 * 3)
     assert flops(lambda: torch.zeros(5, 7) @ torch.zeros(7, 11)) == 2 * 5 * 7 * 11
+
+
+def test_operations_of_a_model_grow_with_its_clip() -> None:
+    vae = build(PRESETS["tiny"])
+    short, tall = (flops(lambda h=h: vae.encode(torch.zeros(1, 3, 5, h, 32))) for h in (32, 64))
+    assert 0 < short < tall
+    assert tall <= 2.6 * short  # twice but for attention, which grows by its square
 
 
 def test_time_is_by_clip() -> None:

@@ -96,6 +96,13 @@ def test_both_framings_are_one_for_square_clips_and_differ_for_wide_ones() -> No
     assert float(framed(wide, framing="stretch").mean()) == pytest.approx(-1 / 3, abs=1e-2)
 
 
+def test_the_network_has_the_published_number_of_weights() -> None:
+    with torch.device("meta"):
+        network = I3D()
+    assert len(network.state_dict()) == 344
+    assert sum(parameter.numel() for parameter in network.parameters()) == 12_697_264
+
+
 def test_padding_is_that_of_tensorflow() -> None:
     # 224 by stride 2, kernel 7: 5 in all, 2 before and 3 after; the last dimension comes first
     assert same_padding((9, 224, 8), kernel=(7, 7, 3), stride=(2, 2, 2)) == [0, 1, 2, 3, 3, 3]
@@ -119,6 +126,7 @@ def test_a_table_of_weights_is_read_from_its_formats(
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
+@pytest.mark.slow
 def test_features_of_a_clip_do_not_depend_on_other_clips(table: dict[str, Tensor], tmp_path: Path) -> None:
     torch.save(table, tmp_path / "i3d.pt")
     network, _ = read_i3d(tmp_path / "i3d.pt")

@@ -229,7 +229,7 @@ def test_every_metric_of_the_table_is_in_the_docs_with_its_unit_and_direction() 
 
 
 def test_numbers_do_not_depend_on_threads() -> None:
-    clip = film(frames=3)
+    clip = film(frames=2, size=(176, 176))
     recon = noisy(clip, levels=9)
     threads = torch.get_num_threads()
     try:

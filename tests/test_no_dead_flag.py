@@ -71,7 +71,7 @@ CHANGES: dict[str, tuple[object, Mapping[str, object]]] = {
     "lr_decay_steps": (10, FALLING),
     "end_learning_rate": ("1e-5", FALLING),
     "optim": ("lion", {}),
-    "betas": ("0.5 0.9", {}),
+    "betas": ((0.5, 0.9), {}),
     "weight_decay": (1, {}),
     "clip_grad": (True, {"max_grad_norm": "1e-3"}),
     "max_grad_norm": ("1e-3", CLIPPED),
@@ -132,7 +132,8 @@ def test_a_flag_that_is_changed_changes_something(
     key = json.dumps(also, sort_keys=True)
     if key not in unchanged:
         unchanged[key] = seen(tmp_path / "unchanged", dict(also), capsys=capsys)
-    changed = dict(also) | {flag: str(value).format(folder=tmp_path)}
+    told = value.format(folder=tmp_path) if isinstance(value, str) else value
+    changed = dict(also) | {flag: told}
     assert seen(tmp_path / "changed", changed, capsys=capsys) != unchanged[key]
 
 

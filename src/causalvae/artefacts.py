@@ -4,8 +4,9 @@ Clips are uint8 `t h w 3`. Both are told from other errors by where they stand, 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -46,14 +47,15 @@ def step_errors(clip: Tensor, recon: Tensor, *, axis: Axis) -> list[float]:
     Entry i is of the border before position i + 1. It sees what an eye sees: a jump that the clip does not
     have. An error that is the same on both sides costs nothing. clip, recon: uint8 t h w 3.
     """
-    dim = AXES[axis]
-    jumps = signed_error(clip, recon).to(torch.int32).diff(dim=dim)
-    return _mean_squares(jumps, dim=dim)
+    if axis != "time":
+        return _mean_squares((error.diff(dim=AXES[axis] - 1) for error in _errors(clip, recon)), axis=axis)
+    pairs = pairwise(_errors(clip, recon))
+    return _mean_squares((after - before for before, after in pairs), axis=axis)
 
 
 def level_errors(clip: Tensor, recon: Tensor, *, axis: Axis) -> list[float]:
     """Mean squared error at each position along an axis, in squared 8-bit levels. uint8 t h w 3 each."""
-    return _mean_squares(signed_error(clip, recon).to(torch.int32), dim=AXES[axis])
+    return _mean_squares(_errors(clip, recon), axis=axis)
 
 
 def seam_of_steps(errors: Sequence[float], *, borders: Sequence[int]) -> Seam | None:
@@ -83,7 +85,7 @@ def grid_decibels(clip: Tensor, recon: Tensor, *, period: int) -> float | None:
     height, width = (side - side % period for side in clip.shape[1:3])
     if period < 2 or min(height, width) < 2 * RING * period:
         return None
-    power = _power(signed_error(clip, recon)[:, :height, :width])  # h w
+    power = _power(clip[:, :height, :width], recon[:, :height, :width])  # h w
     peaks, rings = [], []
     for i in range(period):
         for j in range(period):
@@ -105,11 +107,12 @@ def grid_levels(clip: Tensor, recon: Tensor, *, period: int) -> float | None:
     rows, columns = (side // period for side in clip.shape[1:3])
     if min(rows, columns) < 1:
         return None
-    error = signed_error(clip, recon)[:, : rows * period, : columns * period].double()
-    cells = error.unflatten(1, (rows, period)).unflatten(3, (columns, period))  # t rows p columns p 3
-    cell = cells.mean(dim=(1, 3))  # t p p 3
-    pattern = cell - cell.mean(dim=(1, 2), keepdim=True)
-    return math.sqrt(float(pattern.square().mean()))
+    energies = []
+    for error in _errors(clip, recon):
+        whole = error[: rows * period, : columns * period].double()
+        cell = whole.unflatten(0, (rows, period)).unflatten(2, (columns, period)).mean(dim=(0, 2))  # p p 3
+        energies.append(float((cell - cell.mean(dim=(0, 1))).square().mean()))
+    return math.sqrt(math.fsum(energies) / len(energies))
 
 
 def colour_clip(colour: str, *, frames: int, size: tuple[int, int]) -> Tensor:
@@ -126,11 +129,18 @@ def ratio_decibels(a: float, b: float) -> float:
     return min(DECIBEL_LIMIT, max(-DECIBEL_LIMIT, 10.0 * math.log10(a / b)))
 
 
-def _mean_squares(values: Tensor, *, dim: int) -> list[float]:
-    """int32 t h w 3 -> mean of squares at each position of one axis."""
-    others = [other for other in range(4) if other != dim]
-    totals = values.square().sum(dim=others, dtype=torch.int64)
-    return [total * len(totals) / values.numel() for total in totals.tolist()]
+def _errors(clip: Tensor, recon: Tensor) -> Iterator[Tensor]:
+    """recon - clip, frame by frame: int32 h w 3."""
+    return (signed_error(a, b).to(torch.int32) for a, b in zip(clip, recon, strict=True))
+
+
+def _mean_squares(frames: Iterable[Tensor], *, axis: Axis) -> list[float]:
+    """int32 h w 3 each -> mean of squares at each position of one axis."""
+    squares = (each.square() for each in frames)
+    if axis == "time":
+        return [int(each.sum(dtype=torch.int64)) / each.numel() for each in squares]
+    others = (1, 2) if axis == "row" else (0, 2)
+    return torch.stack([each.double().mean(dim=others) for each in squares]).mean(dim=0).tolist()
 
 
 def _seam(errors: Sequence[float], inside: set[int]) -> Seam | None:
@@ -141,15 +151,15 @@ def _seam(errors: Sequence[float], inside: set[int]) -> Seam | None:
     return Seam(border=math.fsum(at) / len(at), elsewhere=math.fsum(elsewhere) / len(elsewhere))
 
 
-def _power(error: Tensor) -> Tensor:
-    """int16 t h w 3 -> float64 h w: power spectrum without the mean, over frames and channels."""
-    total = torch.zeros(error.shape[1:3], dtype=torch.float64, device=error.device)
-    rows, columns = (torch.hann_window(n, dtype=torch.float64, device=error.device) for n in total.shape)
-    for frame in error:
+def _power(clip: Tensor, recon: Tensor) -> Tensor:
+    """uint8 t h w 3 -> float64 h w: power spectrum of the error without its mean, mean over t and 3."""
+    total = torch.zeros(clip.shape[1:3], dtype=torch.float64, device=clip.device)
+    rows, columns = (torch.hann_window(n, dtype=torch.float64, device=clip.device) for n in total.shape)
+    for frame in _errors(clip, recon):
         planes = frame.permute(2, 0, 1).double()  # 3 h w
         planes = (planes - planes.mean(dim=(1, 2), keepdim=True)) * rows[:, None] * columns
         total += torch.fft.fft2(planes).abs().square().mean(dim=0)
-    return total / len(error)
+    return total / len(clip)
 
 
 def _ring(row: int, column: int, height: int, width: int) -> list[tuple[int, int]]:

@@ -16,17 +16,18 @@ from typing import TYPE_CHECKING
 from causalvae import __version__
 from causalvae.config import DemoSettings, NoSettings, TrainSettings, help_text, read_settings
 from causalvae.errors import CausalVAEError, ConfigError, exit_status
-from causalvae.flags import closest, printable
+from causalvae.flags import closest, flags_of, printable
+from causalvae.flagtext import default_text
 from causalvae.models.presets import PARAMETERS, PRESETS
-from causalvae.weightflags import InitSettings
+from causalvae.reportflags import ReportSettings, WatchSettings, paths_of, split_words
+from causalvae.weightflags import ConvertSettings, ExportSettings, InitSettings, amount, with_places
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the number of SIGINT, of SIGPIPE, as shells have it
 NOT_YET = (
-    "explain", "eval", "reconstruct", "encode", "decode", "export", "convert", "data", "report",
-    "doctor",
+    "explain", "eval", "reconstruct", "encode", "decode", "data", "doctor",
 )  # fmt: skip
 
 
@@ -38,6 +39,7 @@ class Command:
     table: "type[DataclassInstance]"
     does: str
     more: str
+    words: str = ""  # what stands before the flags, for the help page
 
 
 def run() -> None:
@@ -81,7 +83,7 @@ def _dispatch(command: str, argv: Sequence[str]) -> int:
         raise ConfigError(f"{command}: there is no such command; {hint}")
     entry = COMMANDS[command]
     if "--help" in argv or "-h" in argv:
-        usage, intro = f"causalvae {command} [FLAGS]", f"{entry.does}. {entry.more}"
+        usage, intro = f"causalvae {command} {entry.words}[FLAGS]", f"{entry.does}. {entry.more}"
         width = shutil.get_terminal_size().columns
         return _show(help_text(entry.table, usage=usage, intro=intro, width=width))
     return entry.call(argv)
@@ -111,6 +113,39 @@ def _demo(argv: Sequence[str]) -> int:
     result = demo(output_dir=Path(settings.output_dir), seed=settings.seed)
     _show(result.text)
     return result.status
+
+
+def _report(argv: Sequence[str]) -> int:
+    words, flags = split_words(argv)
+    settings, _ = read_settings(ReportSettings, flags)
+    paths, out = paths_of(words, command="report"), Path(settings.out)
+    from causalvae.report.build import write_report
+
+    report = write_report(paths, out=out, defaults=_defaults(), lang=settings.lang)
+    notes = "".join(f"warning: {note}\n" for note in report.notes)
+    size = f"{len(report.page) / 1e6:.1f} MB"
+    return _show(f"{notes}{printable(str(out))}: {report.runs} runs, {report.clips} clips, {size}\n")
+
+
+def _watch(argv: Sequence[str]) -> int:
+    words, flags = split_words(argv)
+    settings, _ = read_settings(WatchSettings, flags)
+    paths = paths_of(words, command="watch")
+    from causalvae.report.watch import watch
+
+    return watch(
+        paths,
+        defaults=_defaults(),
+        lang=settings.lang,
+        every=settings.every,
+        port=settings.port,
+        say=lambda text: print(text, end="", flush=True),
+    )
+
+
+def _defaults() -> dict[str, str]:
+    """Of every flag of the training command, as text."""
+    return {name: default_text(flag) for name, flag in flags_of(TrainSettings).items()}
 
 
 def _models(argv: Sequence[str]) -> int:
@@ -144,6 +179,38 @@ def _init(argv: Sequence[str]) -> int:
     return _show(text)
 
 
+def _convert(argv: Sequence[str]) -> int:
+    settings, _ = read_settings(ConvertSettings, with_places(argv))
+    from causalvae.export import convert
+
+    done = convert(
+        Path(settings.source),
+        Path(settings.out),
+        to=settings.to,
+        dtype=settings.dtype,
+        prefer=settings.weights,
+        shard_size=None if settings.shard_size is None else amount(settings.shard_size),
+        model_config=None if settings.model_config is None else Path(settings.model_config),
+        overwrite=settings.overwrite,
+    )
+    return _show(done.text)
+
+
+def _export(argv: Sequence[str]) -> int:
+    settings, _ = read_settings(ExportSettings, with_places(argv))
+    from causalvae.programs import export
+
+    done = export(
+        Path(settings.source),
+        Path(settings.out),
+        to=settings.to,
+        prefer=settings.weights,
+        model_config=None if settings.model_config is None else Path(settings.model_config),
+        overwrite=settings.overwrite,
+    )
+    return _show(done.text)
+
+
 COMMANDS = {
     "train": Command(
         _train,
@@ -158,19 +225,52 @@ COMMANDS = {
         "Train a tiny model on the clips that come with the package",
         "It shows what the model has learned, in about two minutes on two CPU cores.",
     ),
-    "models": Command(
-        _models,
-        NoSettings,
-        "List the presets of --model",
-        "It tells by how much they downsample a clip, the channels of their latents, their norms and "
-        "resampling, and the channels at each level.",
-    ),
     "init": Command(
         _init,
         InitSettings,
         "Make a first checkpoint, from an image VAE or from a seed",
         "An image VAE becomes a video VAE that does to pictures what the image VAE does. Training goes on "
         "from there: give the file that is written to `causalvae train --load_from_checkpoint`.",
+    ),
+    "convert": Command(
+        _convert,
+        ConvertSettings,
+        "Write weights of one format as another",
+        "`causalvae convert IN OUT` reads what --load_from_checkpoint reads, and writes torch, safetensors, "
+        "MindSpore, or a folder of diffusers or Open-Sora-Plan. Nothing is lost: the way back gives the same "
+        "weights, bit for bit.",
+        "IN OUT ",
+    ),
+    "export": Command(
+        _export,
+        ExportSettings,
+        "Write encoder and decoder as programs",
+        "`causalvae export IN OUT --to onnx` writes a folder: encoder.onnx, decoder.onnx, program.json. "
+        "The programs take any batch, frames and size, and are compared with the model before they get their "
+        "names. Formats of weights: `causalvae convert`.",
+        "IN OUT ",
+    ),
+    "report": Command(
+        _report,
+        ReportSettings,
+        "Write one HTML page about one or more runs",
+        "RUN is the folder of a run, or a JSON file of `causalvae eval`. The page needs no network and no "
+        "other file.",
+        "RUN... ",
+    ),
+    "watch": Command(
+        _watch,
+        WatchSettings,
+        "Show that page in a browser while a training goes on",
+        "RUN is the folder of a run. Only this machine can open the page, by the address that is printed.",
+        "RUN... ",
+    ),
+    "models": Command(
+        _models,
+        NoSettings,
+        "List the presets of --model",
+        "It tells by how much they downsample a clip, the channels of their latents, their norms and "
+        "resampling, and the channels at each level.",
     ),
 }
 

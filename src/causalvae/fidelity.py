@@ -35,12 +35,16 @@ def psnr_of_mse(error: float) -> float:
 
 def mse(clip: Tensor, recon: Tensor) -> float:
     """Mean squared error over all values, in squared 8-bit levels. clip, recon: uint8 of one shape."""
-    return squared_error(clip, recon) / clip.numel()
+    return sum(squared_errors(clip, recon)) / clip.numel()
 
 
-def squared_error(clip: Tensor, recon: Tensor) -> float:
-    """Sum of squared differences of two uint8 tensors, exact."""
-    return float(signed_error(clip, recon).to(torch.int32).square().sum(dtype=torch.int64))
+def squared_errors(clip: Tensor, recon: Tensor) -> list[int]:
+    """Sums of squared differences of two uint8 tensors at each position of the first axis, exact.
+
+    One position is worked on at a time: a clip of any length takes the memory of a frame.
+    """
+    errors = (signed_error(a, b).to(torch.int32) for a, b in zip(clip, recon, strict=True))
+    return [int(error.square().sum(dtype=torch.int64)) for error in errors]
 
 
 def signed_error(clip: Tensor, recon: Tensor) -> Tensor:
@@ -62,8 +66,7 @@ def pooled_psnr(errors: Sequence[float], *, values: Sequence[int]) -> float:
 
 def psnr_by_frame(clip: Tensor, recon: Tensor) -> list[float]:
     """PSNR of frame 0, 1, ... in dB, at most 100 each. clip, recon: uint8 t h w 3."""
-    squares = signed_error(clip, recon).to(torch.int32).square().flatten(1).sum(dim=1, dtype=torch.int64)
-    return [psnr_of_mse(total / clip[0].numel()) for total in squares.tolist()]
+    return [psnr_of_mse(total / clip[0].numel()) for total in squared_errors(clip, recon)]
 
 
 def first_frame_gain(clip: Tensor, recon: Tensor) -> float | None:

@@ -152,7 +152,7 @@ def _write(out: Path, first: First) -> Path | None:
     if out.suffix.lower() == ".safetensors":
         write_safetensors(out, first.tensors, metadata=entries)
     else:
-        write_torch(out, first.tensors, layout="state_dict", extra=entries)
+        write_torch(out, first.tensors, layout="state_dict", texts=entries)
     published = published_config(first.config)
     beside = settings_beside(out)
     if published is None:

@@ -1,7 +1,10 @@
 """How a reconstruction moves: errors of change from frame to frame, which a mean over frames does not show.
 
-Clips are uint8 `t h w 3`. All sums are exact integers. A number that a clip can't give is None.
+Clips are uint8 `t h w 3`. All sums are exact integers, and one frame is worked on at a time.
+A number that a clip can't give is None.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,10 +15,10 @@ STATIC_LEVELS = 2  # a pixel stands still if no channel of the original changes 
 LEAST_STATIC = 0.01  # share of pixels that must stand still for flicker to be measured
 
 
-def changes(clip: Tensor) -> Tensor:
-    """uint8 t h w 3 -> int32 t-1 h w 3: each frame minus the one before."""
+def changes(clip: Tensor) -> Iterator[Tensor]:
+    """uint8 t h w 3 -> t - 1 times int32 h w 3: each frame minus the one before, one at a time."""
     assert clip.dtype == torch.uint8
-    return clip.to(torch.int32).diff(dim=0)
+    return (clip[t].to(torch.int32) - clip[t - 1].to(torch.int32) for t in range(1, len(clip)))
 
 
 def difference_psnr(clip: Tensor, recon: Tensor) -> float | None:
@@ -26,8 +29,8 @@ def difference_psnr(clip: Tensor, recon: Tensor) -> float | None:
     """
     if len(clip) < 2:
         return None
-    error = changes(recon) - changes(clip)
-    return psnr_of_mse(float(error.square().sum(dtype=torch.int64)) / error.numel())
+    total = sum(_product(r - x, r - x) for x, r in zip(changes(clip), changes(recon), strict=True))
+    return psnr_of_mse(total / clip[1:].numel())
 
 
 def flicker(clip: Tensor, recon: Tensor) -> float | None:
@@ -37,13 +40,14 @@ def flicker(clip: Tensor, recon: Tensor) -> float | None:
     its channels changes by more than 2 levels in the original. None if under 1 % of the pixels are static.
     0 for equal clips; negative where the reconstruction is calmer, such as with a noisy original.
     """
-    change = changes(clip).abs()
-    static = (change <= STATIC_LEVELS).all(dim=-1)  # t-1 h w
-    count = int(static.sum())
-    if count == 0 or count < LEAST_STATIC * static.numel():
+    count = excess = 0
+    for x, r in zip(changes(clip), changes(recon), strict=True):
+        static = (x.abs() <= STATIC_LEVELS).all(dim=-1)  # h w
+        count += int(static.sum())
+        excess += _product(r.abs() - x.abs(), static[..., None])
+    if count == 0 or count < LEAST_STATIC * clip[1:, ..., 0].numel():
         return None
-    excess = (changes(recon).abs() - change).sum(dim=-1)  # t-1 h w
-    return float((excess * static).sum(dtype=torch.int64)) / (count * clip.shape[-1])
+    return excess / (count * clip.shape[-1])
 
 
 def motion_consistency(clip: Tensor, recon: Tensor) -> float | None:
@@ -55,12 +59,16 @@ def motion_consistency(clip: Tensor, recon: Tensor) -> float | None:
     al., Learning temporal coherence via self-supervision (2020), whose tLP does so with LPIPS. None where
     the original does not change; 0 where only the reconstruction does not.
     """
-    x, r = changes(clip), changes(recon)
-    wanted = int(x.square().sum(dtype=torch.int64))
-    found = int(r.square().sum(dtype=torch.int64))
+    wanted = found = shared = 0
+    for x, r in zip(changes(clip), changes(recon), strict=True):
+        wanted += _product(x, x)
+        found += _product(r, r)
+        shared += _product(x, r)
     if wanted == 0:
         return None
-    if found == 0:
-        return 0.0
-    shared = int((x * r).sum(dtype=torch.int64))
-    return shared / (wanted * found) ** 0.5
+    return 0.0 if found == 0 else shared / (wanted * found) ** 0.5
+
+
+def _product(a: Tensor, b: Tensor) -> int:
+    """Sum of products of two tensors of integers, exact."""
+    return int((a * b).sum(dtype=torch.int64))

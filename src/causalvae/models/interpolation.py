@@ -15,10 +15,26 @@ def halved(window: Tensor) -> Tensor:
 
 def doubled(x: Tensor) -> Tensor:
     """Linear between the frames after the first: b c t h w -> b c (1 + 2 (t - 1)) h w."""
+    if torch.compiler.is_exporting():
+        return _doubled_by_number(x)
     known = x[:, :, 1:]
     if known.shape[2] == 0:
         return x
     return torch.cat([x[:, :, :1], known[:, :, :1], between(known), known[:, :, -1:]], dim=2)
+
+
+def _doubled_by_number(x: Tensor) -> Tensor:
+    """What `doubled` gives, frame by frame from its number: the same work for one frame and for many.
+
+    For programs, which have to hold for any number of frames and can't ask whether there are two.
+    """
+    frames = x.shape[2]
+    number = torch.arange(2 * frames - 1, device=x.device)
+    near = (number + 1) // 2  # of frame 0, then twice each of the others
+    far = (near + 1 - 2 * (number % 2)).clamp(min=1).clamp(max=frames - 1)
+    far = torch.where(number == 0, near, far)
+    share = torch.where(near == far, 0.0, 0.25).to(x.dtype)[:, None, None]
+    return (1 - share) * x.index_select(2, near) + share * x.index_select(2, far)
 
 
 def between(known: Tensor) -> Tensor:
@@ -84,4 +100,6 @@ def pull_widened(grad: Tensor) -> Tensor:
 
 
 def _channels_last(x: Tensor) -> bool:
+    if torch.compiler.is_exporting():  # the answer would become part of the program
+        return False
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last_3d)

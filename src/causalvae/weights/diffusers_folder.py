@@ -18,6 +18,7 @@ from causalvae.weights.diffusers import CONFIG, write_diffusers
 from causalvae.weights.read import read_tensors
 
 PREFIX = "net."  # of DiffusersVAE's parameters
+WITHOUT = dict(zip(CONSTANTS, (0.0, 1.0), strict=True))  # their values where a config has none
 SHOWN = 3  # differences of each kind in a message
 
 
@@ -37,7 +38,11 @@ def adopt(
         raise WeightsError(
             f"{where}: {odd} is not of floating point numbers; quantised weights can't be trained"
         )
-    constants = {name: tensors[name].float().tolist() for name in CONSTANTS if name in tensors}
+    constants = {
+        name: tensors[name].float().tolist()
+        for name, value in WITHOUT.items()
+        if name in tensors and not bool((tensors[name] == value).all())
+    }
     if constants:
         config = _config({**settings, **constants}, where)
     weights = {name: tensor for name, tensor in tensors.items() if name not in CONSTANTS}

@@ -10,10 +10,18 @@ from torch import Tensor
 from causalvae.errors import ConfigError, WeightsError
 from causalvae.models.build import shapes as shapes_of
 from causalvae.models.diffusers import diffusers_config, ignored_settings
-from causalvae.models.presets import DIFFUSERS_GEOMETRY, DiffusersConfig, ModelConfig, config_from_dict
+from causalvae.models.presets import (
+    DIFFUSERS_GEOMETRY,
+    PRESETS,
+    CausalVAEConfig,
+    DiffusersConfig,
+    ModelConfig,
+    config_from_dict,
+)
 from causalvae.weights.diffusers_folder import adopt
 from causalvae.weights.layouts import Choice
-from causalvae.weights.names import differences, recognise
+from causalvae.weights.names import FAMILIES, differences, recognise
+from causalvae.weights.published import published_config
 from causalvae.weights.read import (
     CONFIG_KEY,
     MODEL_KEY,
@@ -148,11 +156,13 @@ def _foreign(file: WeightsFile, given: Mapping[str, Any], critic: dict[str, Tens
 
 
 def _family(config: ModelConfig) -> str:
-    return (
-        config.class_name
-        if isinstance(config, DiffusersConfig)
-        else type(config).__name__.removesuffix("Config")
-    )
+    """What people call a model: the preset that it is, or whose layers it has."""
+    if isinstance(config, DiffusersConfig):
+        return config.class_name
+    presets = [name for name, preset in PRESETS.items() if preset == config]
+    if presets or published_config(config) is None:
+        return presets[0] if presets else "causalvae"
+    return FAMILIES[config.temporal] if isinstance(config, CausalVAEConfig) else "wfvae"
 
 
 def _partly(file: WeightsFile, config: ModelConfig, critic: dict[str, Tensor]) -> Loaded:

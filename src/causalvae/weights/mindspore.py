@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 import torch
@@ -23,6 +24,7 @@ from causalvae.weights.writing import aside, first_line, num_bytes_of, on_cpu
 PIECE_BYTES = 512 * 2**20  # MindSpore cuts larger tensors
 CRC_WORD, CRC_BYTES = b"crc_num", 10
 MAX_TAG_BYTES, MAX_DIMS = 1000, 16
+TEXT, TEXT_ENCODING = "str", "utf-32-le"
 TYPES = {
     "Float32": torch.float32, "Float16": torch.float16, "BFloat16": torch.bfloat16, "Float64": torch.float64,
     "Int8": torch.int8, "Int16": torch.int16, "Int32": torch.int32, "Int64": torch.int64,
@@ -46,10 +48,11 @@ class Record:
 
 @dataclass(frozen=True)
 class MindSporeFile:
-    """Tensors under the names in the file, in its order, and whether it ends in a check sum."""
+    """Tensors and texts under the names in the file, in its order, and whether it ends in a check sum."""
 
     tensors: dict[str, Tensor]
     crc: bool
+    texts: dict[str, str]
 
 
 def is_mindspore(head: bytes) -> bool:
@@ -65,7 +68,7 @@ def is_mindspore(head: bytes) -> bool:
 
 
 def read_mindspore(path: Path) -> MindSporeFile:
-    """All tensors; text records are left out. WeightsError if anything does not parse or the sum differs."""
+    """All tensors and texts. WeightsError if anything does not parse or the sum differs."""
     refuse_holes(path)
     try:
         with path.open("rb") as file:
@@ -102,15 +105,25 @@ def to_mindspore_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def write_mindspore(path: Path, tensors: Mapping[str, Tensor], *, crc: bool) -> None:
-    """Write tensors with torch's names under MindSpore's. crc: end in a check sum."""
-    write_records(path, to_mindspore_names(tensors), crc=crc)
+def write_mindspore(
+    path: Path, tensors: Mapping[str, Tensor], *, crc: bool, texts: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Write tensors with torch's names under MindSpore's. crc: end in a check sum. texts: records behind."""
+    write_records(path, to_mindspore_names(tensors), crc=crc, texts=texts)
 
 
 def write_records(
-    path: Path, tensors: Mapping[str, Tensor], *, crc: bool, piece_bytes: int = PIECE_BYTES
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    crc: bool,
+    texts: Mapping[str, str] = MappingProxyType({}),
+    piece_bytes: int = PIECE_BYTES,
 ) -> None:
-    """Write tensors under their own names, in order. Tensors larger than piece_bytes are cut."""
+    """Write tensors under their own names, in order, then texts.
+
+    Tensors larger than piece_bytes are cut.
+    """
     kinds = {dtype: kind for kind, dtype in TYPES.items()}
     for name, tensor in tensors.items():
         if tensor.dtype not in kinds:
@@ -122,8 +135,12 @@ def write_records(
             step = piece_bytes - piece_bytes % tensor.element_size()
             for start in range(0, max(1, len(content)), step):
                 piece = content[start : start + step]
-                total = _write(file, _head(name, tensor, kinds[tensor.dtype], len(piece)), total)
-                total = _write(file, piece, total)
+                head = _head(name, tuple(tensor.shape), kinds[tensor.dtype], length=len(piece))
+                total = _write(file, piece, _write(file, head, total))
+        for name, text in texts.items():
+            content = text.encode(TEXT_ENCODING)
+            head = _head(name, (0,), TEXT, length=len(content))
+            total = _write(file, content, _write(file, head, total))
         if crc:
             file.write(CRC_WORD + total.to_bytes(CRC_BYTES, "big"))
 
@@ -134,10 +151,10 @@ def _write(file: BinaryIO, data: bytes | memoryview, total: int) -> int:
     return zlib.crc32(data, total)
 
 
-def _head(name: str, tensor: Tensor, kind: str, length: int) -> bytes:
+def _head(name: str, dims: tuple[int, ...], kind: str, *, length: int) -> bytes:
     """A record up to its content of that many bytes."""
     tag = b"\x0a" + _sized(name.encode())
-    shape = b"".join(b"\x08" + _varint(size) for size in tensor.shape)
+    shape = b"".join(b"\x08" + _varint(size) for size in dims)
     shape += b"\x12" + _sized(kind.encode()) + b"\x1a" + _varint(length)
     body = tag + b"\x12" + _varint(len(shape) + length) + shape
     return b"\x0a" + _varint(len(body) + length) + body
@@ -171,8 +188,13 @@ def _parse(view: memoryview) -> MindSporeFile:
             raise ValueError(f"more than {MAX_TENSORS:,} records; no model has so many")
         pieces.setdefault(record.tag, []).append(record)
         before = record.tag
-    joined = {tag: _joined(records) for tag, records in pieces.items() if records[0].kind != "str"}
-    return MindSporeFile(joined, crc)
+    joined = {tag: _joined(records) for tag, records in pieces.items() if records[0].kind != TEXT}
+    texts = {tag: _text(records) for tag, records in pieces.items() if records[0].kind == TEXT}
+    return MindSporeFile(joined, crc, texts)
+
+
+def _text(records: list[Record]) -> str:
+    return b"".join(each.content for each in records).decode(TEXT_ENCODING, "replace")
 
 
 def _records(view: memoryview) -> Iterator[Record]:

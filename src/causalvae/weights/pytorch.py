@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, Literal
 
 import torch
@@ -125,13 +126,12 @@ def write_torch(
     tensors: Mapping[str, Tensor],
     *,
     layout: Literal["plain", "state_dict", "open-sora-plan"],
-    extra: Mapping[str, str] | None = None,
+    texts: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write a torch file: the bare table, under `state_dict`, or as Open-Sora-Plan v1.2 and later do.
 
-    extra: text at the top level of the file, beside the tables; a bare one has none.
+    texts: what else stands in the outermost table, such as whose model it is.
     """
-    assert not extra or layout != "plain", "a bare table has tensors only"
     own = on_cpu(tensors)
     tables: dict[str, dict[str, Any]] = {  # Any: tables in tables
         "plain": own,
@@ -139,7 +139,7 @@ def write_torch(
         "open-sora-plan": {"state_dict": {"gen_model": own}, "ema_state_dict": {}},
     }
     with aside([path], num_bytes=num_bytes_of(own)) as (partial,), partial.open("wb") as file:
-        torch.save({**tables[layout], **(extra or {})}, file)  # a file, so that its name is not in it
+        torch.save(tables[layout] | dict(texts), file)  # a file, so that its name is not in it
 
 
 def _look_at_archive(file: BinaryIO, path: Path) -> list[str]:

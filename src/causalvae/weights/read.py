@@ -136,7 +136,8 @@ def _content(path: Path) -> _Content:
     if is_json(head):
         return _shards(path)
     if is_mindspore(head):
-        return _Content(to_torch_names(read_mindspore(path).tensors), "mindspore", {}, size)
+        found = read_mindspore(path)
+        return _Content(to_torch_names(found.tensors), "mindspore", found.texts, size)
     raise WeightsError(f"{path}: {_what_it_is(head)}. {KNOWN}")
 
 

@@ -1,0 +1,70 @@
+"""The tables of settings of `report` and `watch`, and the words of a command line that are no flags."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from causalvae.errors import ConfigError
+from causalvae.flags import check, flags_of, setting
+
+BASICS = "Basics"
+LANG_HELP = "language that the page opens in; it can be switched there"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings:
+    """What a report is asked to be. The runs stand before the flags."""
+
+    out: str = setting("report.html", BASICS, help="the file to write")
+    lang: Literal["en", "zh"] = setting("en", BASICS, help=LANG_HELP)
+
+    def __post_init__(self) -> None:
+        """Check each value by its row of the table."""
+        for name, flag in flags_of(self).items():
+            check(flag, getattr(self, name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchSettings:
+    """How a run is watched. The runs stand before the flags."""
+
+    port: int = setting(
+        0, BASICS, limits={"at_least": 0, "below": 65536}, help="port on 127.0.0.1; 0 takes one that is free"
+    )
+    every: float = setting(15.0, BASICS, limits={"at_least": 0.5}, help="seconds between looks at the run")
+    lang: Literal["en", "zh"] = setting("en", BASICS, help=LANG_HELP)
+
+    def __post_init__(self) -> None:
+        """Check each value by its row of the table."""
+        for name, flag in flags_of(self).items():
+            check(flag, getattr(self, name))
+
+
+def split_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words of a command line -> those that stand by themselves, and flags with their values.
+
+    Every flag is taken to have one value, behind it or after `=`. What follows a lone `--` is no flag.
+    """
+    alone: list[str] = []
+    flags: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word == "--":
+            alone += words
+            break
+        if not word.startswith("--"):
+            alone.append(word)
+            continue
+        flags.append(word)
+        if "=" not in word and words and not words[0].startswith("--"):
+            flags.append(words.pop(0))
+    return alone, flags
+
+
+def paths_of(words: Sequence[str], *, command: str) -> list[Path]:
+    """The runs that were named, each once. ConfigError if there is none."""
+    if not words:
+        raise ConfigError(f"causalvae {command}: name the folder of a run, such as results/causalvae/NAME")
+    return [Path(word) for word in dict.fromkeys(words)]
