@@ -19,7 +19,7 @@ TORCH_FROM_HERE = "-- torch from here --"
 LINES = f"""
 errors
 geometry  models.presets
-flags  flagtext  config  weightflags  reportflags
+flags  flagtext  config  weightflags  reportflags  evalflags
 files  fetch  rundir  machine
 report.records  report.evals  report.charts  report.films  report.views  report.build  report.watch
 {TORCH_FROM_HERE}
@@ -34,9 +34,9 @@ weights.published  weights.names  weights.writing  weights.tensorfiles  weights.
 weights.mindspore  weights.layouts  weights.diffusers  weights.read  weights.diffusers_folder  weights.load
 weights.inflate
 losses  perceptual
-fidelity  temporal  artefacts  moments  latents  frechet  compute  metrics
+fidelity  temporal  artefacts  moments  latents  frechet  compute  metrics  scores
 infer
-evaluate  export  programs
+evalset  subjects  evalwork  evaluate  export  programs
 train.optim  train.convolutions  train.precision  train.stability  train.compiling  train.debug
 train.parallel  train.signals  train.samples  train.heldout
 train.state  train.runlog  train.replay  train.step  train.predict  train.plan  train.parts  train.networks

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from causalvae import __version__
 from causalvae.config import DemoSettings, NoSettings, TrainSettings, help_text, read_settings
 from causalvae.errors import CausalVAEError, ConfigError, exit_status
+from causalvae.evalflags import EvalSettings, size_of
 from causalvae.flags import closest, flags_of, printable
 from causalvae.flagtext import default_text
 from causalvae.models.presets import PARAMETERS, PRESETS
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the number of SIGINT, of SIGPIPE, as shells have it
 NOT_YET = (
-    "explain", "eval", "reconstruct", "encode", "decode", "data", "doctor",
+    "explain", "reconstruct", "encode", "decode", "data", "doctor",
 )  # fmt: skip
 
 
@@ -113,6 +114,36 @@ def _demo(argv: Sequence[str]) -> int:
     result = demo(output_dir=Path(settings.output_dir), seed=settings.seed)
     _show(result.text)
     return result.status
+
+
+def _eval(argv: Sequence[str]) -> int:
+    settings, _ = read_settings(EvalSettings, argv)
+    _wait_without_spinning()
+    from causalvae.evaluate import Asked, Judges, Work, evaluate
+
+    done = evaluate(
+        settings.checkpoint,
+        out=Path(settings.out),
+        video_path=settings.video_path,
+        manifest=None if settings.manifest is None else Path(settings.manifest),
+        asked=Asked(
+            frames=settings.num_frames,
+            size=size_of(settings.resolution),
+            stride=settings.sample_rate,
+            per_video=settings.clips_per_video,
+        ),
+        judges=Judges(
+            perceptual=settings.perceptual,
+            i3d=None if settings.i3d is None else Path(settings.i3d),
+            framing=settings.framing,
+            cost=settings.cost,
+        ),
+        work=Work(
+            batch_size=settings.batch_size, workers=settings.dataloader_num_workers, device=settings.device
+        ),
+        prefer=settings.weights,
+    )
+    return _show(done.text)
 
 
 def _report(argv: Sequence[str]) -> int:
@@ -224,6 +255,13 @@ COMMANDS = {
         DemoSettings,
         "Train a tiny model on the clips that come with the package",
         "It shows what the model has learned, in about two minutes on two CPU cores.",
+    ),
+    "eval": Command(
+        _eval,
+        EvalSettings,
+        "Measure checkpoints on a set of videos",
+        "It writes which clips were measured, manifest.json, so that the same numbers come out elsewhere, "
+        "and a JSON file for each checkpoint. Give the same command again after an interruption: it goes on.",
     ),
     "init": Command(
         _init,
