@@ -40,7 +40,10 @@ def test_a_run_with_evaluation_equals_one_without_bitwise(tmp_path: Path) -> Non
     clip = center_clip(open_source("sample:heldout")[0], ClipPlan(frames=5, size=(32, 32)))
     averaged = read_safetensors(looked / "run/checkpoints/step-00000004/ema.safetensors")
     recon = reconstruct(build(PRESETS["tiny"]), clip, weights=averaged)
-    assert result["psnr"] == psnr(clip, recon)
+    assert result["weights"]["ema"]["metrics"]["psnr"]["mean"] == psnr(clip, recon)
+    live = read_safetensors(looked / "run/checkpoints/step-00000004/model.safetensors")
+    recon = reconstruct(build(PRESETS["tiny"]), clip, weights=live)
+    assert result["weights"]["live"]["metrics"]["psnr"]["mean"] == psnr(clip, recon)
     shutil.rmtree(looked / "run/eval")
     config = (looked / "run/config.yaml").read_bytes()
     again = run(looked, max_steps=4, eval_video_path="sample:heldout", mode=2)
@@ -69,5 +72,6 @@ def test_a_broken_held_out_video_is_named_and_leaves_the_mean(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert "evaluation leaves out b.mp4" in done.stdout
     result = json.loads((tmp_path / "run/eval/step-00000001.json").read_text())
-    assert [clip["video"] for clip in result["clips"]] == ["a.mp4"]
+    sides = result["weights"]
+    assert [[clip["id"] for clip in sides[name]["clips"]] for name in ("ema", "live")] == [["a.mp4#0"]] * 2
     assert [record["video"] for record in result["unreadable"]] == ["b.mp4"]

@@ -131,8 +131,8 @@ def choose_clips(video_path: str, rule: ClipRule, *, advance: Advance = lambda _
     source = open_source(video_path)
     clips: list[EvalClip] = []
     unreadable: list[dict[str, str]] = []
-    for index in range(len(source)):
-        video = source[index]
+    videos = {source[index].id: source[index] for index in range(len(source))}  # each once
+    for video in videos.values():
         try:
             clips += _clips_of(video, rule)
         except VideoError as error:
@@ -151,9 +151,7 @@ def _clips_of(video: VideoRef, rule: ClipRule) -> list[EvalClip]:
     info = decoder.probe(video.path)
     starts = rule.starts(info.frames)
     if not starts:
-        raise VideoError(
-            f"{printable(video.id)}: has {info.frames} frames, and a clip reaches over {rule.span}"
-        )
+        raise _too_short(video, rule, frames=info.frames)
     digest = video_sha256(video)
     return [
         EvalClip(
@@ -167,6 +165,18 @@ def _clips_of(video: VideoRef, rule: ClipRule) -> list[EvalClip]:
         )
         for start in starts
     ]
+
+
+def read_first(video: VideoRef, rule: ClipRule, *, decoder: Decoder) -> Tensor:
+    """The clip at the start of a video, uint8 3 t H W. VideoError if it is too short or can't be read."""
+    frames = decoder.num_frames(video.path)
+    if not rule.starts(frames):
+        raise _too_short(video, rule, frames=frames)
+    return _read(video, rule, start=0, decoder=decoder)
+
+
+def _too_short(video: VideoRef, rule: ClipRule, *, frames: int) -> VideoError:
+    return VideoError(f"{printable(video.id)}: has {frames} frames, and a clip reaches over {rule.span}")
 
 
 def read_pixels(clip: EvalClip, rule: ClipRule, *, decoder: Decoder) -> Tensor:

@@ -91,7 +91,7 @@ def evaluate(
         if each != DATA and not Path(each).exists():
             raise ConfigError(f"--checkpoint {printable(each)}: there is no such file or folder")
     device = torch.device(pick_device(work.device))
-    _make_folder(out)
+    _refuse_place(out)
     results: list[dict[str, Any]] = []  # Any: as above
     with _progress() as track:
         clips = _settle(out, video_path, manifest=manifest, asked=asked, track=track)
@@ -247,11 +247,12 @@ def _progress() -> Iterator[Track]:
         yield track
 
 
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {out}: can't be made: {error.strerror}; choose another folder") from error
+def _refuse_place(out: Path) -> None:
+    """ConfigError if results can't be written there: told before the work."""
+    there = next(each for each in (out.absolute(), *out.absolute().parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "can't be written to" if there.is_dir() else "is no folder"
+        raise ConfigError(f"--out {out}: {there} {what}; choose another place")
 
 
 def _write(path: Path, content: Json) -> None:

@@ -27,7 +27,7 @@ from causalvae.losses import LossPlan
 from causalvae.rundir import Checkpoint, RunDir, damage
 from causalvae.train.compiling import back_to_eager, compile_errors, uncompiled
 from causalvae.train.debug import BadPlace, Watch
-from causalvae.train.heldout import evaluate_held_out
+from causalvae.train.heldout import evaluate_held_out, in_words
 from causalvae.train.optim import clip_by_unit, clip_gradients, learning_rate, set_learning_rate
 from causalvae.train.plan import StepPlan, smaller
 from causalvae.train.replay import explain_bad_step, write_replay
@@ -104,22 +104,19 @@ def record(run: RunDir, log: RunLog, facts: Mapping[str, Any]) -> None:
 
 
 def report_held_out(run: RunDir, log: RunLog, *, step: int, result: Mapping[str, Any]) -> None:
-    """Write an evaluation into eval/ and tell its mean."""
+    """Write an evaluation into eval/ and tell its PSNR."""
     (run.path / "eval").mkdir(exist_ok=True)
     run.write_json(f"eval/step-{step:08d}.json", {"step": step, **result})
     for each in result["unreadable"]:
         log.warn(f"evaluation leaves out {each['video']}: {each['reason']}")
-    log.say(
-        f"step {step}: {result['psnr']:.2f} dB PSNR ({result['weights']} weights) on {len(result['clips'])} "
-        "held-out clips"
-    )
+    log.say(f"step {step}: {in_words(result)}")
 
 
 def _evaluate(training: Training) -> None:
     state, held_out = training.state, training.held_out
     assert held_out is not None, "the table refuses eval_steps without eval_video_path"
     with uncompiled():
-        result = evaluate_held_out(state.vae, held_out, training.plan, weights=state.ema)
+        result = evaluate_held_out(state.vae, held_out, training.plan, ema=state.ema)
     report_held_out(training.run, training.log, step=state.step, result=result)
 
 

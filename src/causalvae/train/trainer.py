@@ -26,7 +26,7 @@ from causalvae.machine import pick_device
 from causalvae.perceptual import Perceptual
 from causalvae.rundir import Checkpoint, RunDir, run_path
 from causalvae.train.compiling import JitLevel, compile_blocks
-from causalvae.train.heldout import evaluate_held_out
+from causalvae.train.heldout import check_held_out, evaluate_held_out
 from causalvae.train.loop import Training, record, repeat_step, report_held_out, train_until_done
 from causalvae.train.networks import Built, build_state
 from causalvae.train.parts import (
@@ -87,6 +87,8 @@ def train(
     device = torch.device(pick_device(settings.device))
     source = open_source(settings.video_path)
     held_out = open_source(settings.eval_video_path) if settings.eval_video_path is not None else None
+    if held_out is not None:
+        check_held_out(held_out, clip_plan(settings))
     path = run_path(settings.output_dir, settings.exp_name)
     loaded = check_start(settings, path)
     began = facts_before(settings, path)
@@ -115,7 +117,7 @@ def _work(asked: _Asked, run: RunDir, log: RunLog, *, start: Checkpoint | None) 
     if settings.mode == 2:
         videos, plan = asked.held_out or asked.source, clip_plan(settings)
         report_held_out(
-            run, log, step=state.step, result=evaluate_held_out(state.vae, videos, plan, weights=state.ema)
+            run, log, step=state.step, result=evaluate_held_out(state.vae, videos, plan, ema=state.ema)
         )
         return state.step
     replay = replayed(settings)
