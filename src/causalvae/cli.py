@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from causalvae import __version__
 from causalvae.config import DemoSettings, NoSettings, TrainSettings, help_text, read_settings
 from causalvae.errors import CausalVAEError, ConfigError, exit_status
-from causalvae.evalflags import EvalSettings, size_of
+from causalvae.evalflags import CompareSettings, EvalSettings
 from causalvae.flags import closest, flags_of, printable
 from causalvae.flagtext import default_text
 from causalvae.models.presets import PARAMETERS, PRESETS
@@ -119,31 +119,20 @@ def _demo(argv: Sequence[str]) -> int:
 def _eval(argv: Sequence[str]) -> int:
     settings, _ = read_settings(EvalSettings, argv)
     _wait_without_spinning()
-    from causalvae.evaluate import Asked, Judges, Work, evaluate
+    from causalvae.evalcommands import run_eval
 
-    done = evaluate(
-        settings.checkpoint,
-        out=Path(settings.out),
-        video_path=settings.video_path,
-        manifest=None if settings.manifest is None else Path(settings.manifest),
-        asked=Asked(
-            frames=settings.num_frames,
-            size=size_of(settings.resolution),
-            stride=settings.sample_rate,
-            per_video=settings.clips_per_video,
-        ),
-        judges=Judges(
-            perceptual=settings.perceptual,
-            i3d=None if settings.i3d is None else Path(settings.i3d),
-            framing=settings.framing,
-            cost=settings.cost,
-        ),
-        work=Work(
-            batch_size=settings.batch_size, workers=settings.dataloader_num_workers, device=settings.device
-        ),
-        prefer=settings.weights,
-    )
-    return _show(done.text)
+    return _show(run_eval(settings).text)
+
+
+def _compare(argv: Sequence[str]) -> int:
+    words, flags = split_words(argv)
+    settings, _ = read_settings(CompareSettings, flags)
+    _wait_without_spinning()
+    from causalvae.evalcommands import run_compare
+
+    done = run_compare(words, settings)
+    _show(done.text)
+    return done.status
 
 
 def _report(argv: Sequence[str]) -> int:
@@ -262,6 +251,14 @@ COMMANDS = {
         "Measure checkpoints on a set of videos",
         "It writes which clips were measured, manifest.json, so that the same numbers come out elsewhere, "
         "and a JSON file for each checkpoint. Give the same command again after an interruption: it goes on.",
+    ),
+    "compare": Command(
+        _compare,
+        CompareSettings,
+        "Tell what changed between two evaluations, clip by clip",
+        "A and B are files of `causalvae eval`, or runs whose newest evaluations are compared; or, with "
+        "--video_path or --manifest, checkpoints to evaluate first. With --fail_if it is a test for CI.",
+        "A B ",
     ),
     "init": Command(
         _init,

@@ -98,11 +98,6 @@ class CompareSettings:
             FailRule.parse(text)
 
 
-def size_of(resolution: Resolution | None) -> tuple[int, int] | None:
-    """Height and width, where they were given."""
-    return None if resolution is None else (resolution.height, resolution.width)
-
-
 @dataclass(frozen=True)
 class FailRule:
     """A mean difference that fails a comparison: `psnr<-0.1`."""

@@ -220,10 +220,14 @@ def table(results: Sequence[Json]) -> str:
         shown.add_row(*words, *(Text(_cell(result["metrics"].get(name))) for result in results))
     counts = [str(len(result["clips"])) for result in results]
     shown.add_row("clips", "", "", *counts)
-    console = Console(file=io.StringIO(), width=max(80, Console().width), highlight=False)
-    console.print(shown)
-    text = console.file.getvalue() if isinstance(console.file, io.StringIO) else ""
-    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+    return as_text(shown)
+
+
+def as_text(shown: Table) -> str:
+    """A table as lines, as wide as the terminal is and at least 100 columns."""
+    file = io.StringIO()
+    Console(file=file, width=max(100, Console().width), highlight=False).print(shown)
+    return "".join(line.rstrip() + "\n" for line in file.getvalue().splitlines())
 
 
 def _cell(facts: Json | None) -> str:
