@@ -76,7 +76,10 @@ def _set_name(facts: Json) -> str | None:
 
 
 def _file_label(path: Path, facts: Json) -> str:
-    """What an evaluation that belongs to no run is called: its checkpoint's name."""
+    """What an evaluation that belongs to no run is called: by its own name, or its checkpoint's."""
+    name = facts.get("name")
+    if isinstance(name, str) and name:
+        return name
     file = _dict(facts.get("checkpoint")).get("file")
     return Path(file).name if isinstance(file, str) and Path(file).name else path.stem
 
