@@ -24,7 +24,6 @@ UNITS = {"psnr": ("dB", "higher"), "flicker": ("levels", "lower"), "first_frame_
 
 def results(values: dict[str, list[float]], **changes: Any) -> dict[str, Any]:
     """A file of results with these metrics, a value for each clip."""
-    names = list(values)
     count = len(next(iter(values.values())))
     clips = [
         {"id": f"{i}.mp4#0", "metrics": {name: each[i] for name, each in values.items()}}

@@ -44,7 +44,7 @@ def weights(tmp_path: Path) -> Path:
     """A tiny model whose weights are its first ones and a little noise."""
     vae = build(PRESETS["tiny"])
     moved = {
-        name: tensor + 0.02 * rng.normal(tensor.shape, rng.key("moved", name))
+        name: tensor + 0.002 * rng.normal(tensor.shape, rng.key("moved", name))
         for name, tensor in vae.state_dict().items()
     }
     path = tmp_path / "tiny.safetensors"
@@ -257,6 +257,17 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.ckpt").write_bytes(os.urandom(100))
     with pytest.raises(WeightsError, match=r"a\.ckpt"):
         evaluate([str(tmp_path / "a.ckpt")], out=tmp_path / "out", video_path="sample:", asked=SMALL)
+
+
+def test_probes_are_measured_when_they_are_asked_for(weights: Path, tmp_path: Path) -> None:
+    words = ("--checkpoint", weights, "data", "--video_path", "sample:heldout", "--probes", "True")
+    assert run(tmp_path / "a", *words) == 0
+    found = result_in(tmp_path / "a")
+    assert found["metrics"]["grid_levels_of_colours"]["clips"] == 6
+    curve = found["curves"]["psnr_masked"]
+    assert curve["y"][0] == pytest.approx(found["metrics"]["psnr"]["mean"], abs=1e-9)
+    assert curve["y"][0] > curve["y"][-1]
+    assert "psnr_masked" not in result_in(tmp_path / "a", "data")["curves"]
 
 
 def test_cost_is_measured_when_it_is_asked_for(weights: Path, tmp_path: Path) -> None:

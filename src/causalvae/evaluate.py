@@ -24,6 +24,7 @@ from causalvae.evalwork import Job, first_clip, in_words, measure, summed
 from causalvae.files import disk_error, plain, write_whole
 from causalvae.machine import pick_device
 from causalvae.perceptual import Shelf
+from causalvae.probes import probed
 from causalvae.scores import FORMAT
 from causalvae.subjects import DATA, Judges, Panel, cost_of, metrics_for, read_panel, read_subject
 
@@ -131,7 +132,11 @@ def _one(
     ]
     found = summed(job)
     result = _result(job, found)
-    if panel.cost and subject.vae is not None:
+    if panel.asked.probes and subject.vae is not None:
+        more = probed(subject, subject.vae, clips=clips, fill=found["latents"]["mean"])
+        result["metrics"] |= more["metrics"]
+        result["curves"] |= more["curves"]
+    if panel.asked.cost and subject.vae is not None:
         result["compute"] = cost_of(subject.vae, first_clip(clips))
     if "other_pixels" in found:
         notes.append(

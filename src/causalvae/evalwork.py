@@ -119,7 +119,7 @@ def _logits(panel: Panel, clip: Tensor, *, recon: Tensor) -> list[list[float]]:
     """Of the clip and of its reconstruction, uint8 3 t h w each: 400 numbers each."""
     assert panel.i3d is not None
     films = clip.permute(1, 2, 3, 0), recon.permute(1, 2, 3, 0)
-    parts = frechet_parts(films[0], films[1], network=panel.i3d, framing=panel.framing)
+    parts = frechet_parts(films[0], films[1], network=panel.i3d, framing=panel.asked.framing)
     return [parts.clips.mean.tolist(), parts.recons.mean.tolist()]
 
 
