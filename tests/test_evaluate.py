@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import moved
 from media import write_film
 from torch import Tensor
 
@@ -18,12 +19,14 @@ from causalvae.data.sources import open_source
 from causalvae.errors import ConfigError, WeightsError
 from causalvae.evalset import ClipRule, choose_clips, read_pixels
 from causalvae.evaluate import Asked, Work, evaluate
+from causalvae.export import convert
 from causalvae.latents import LatentStatistics
 from causalvae.metrics import METRICS, psnr
 from causalvae.models.build import build
 from causalvae.models.presets import PRESETS
 from causalvae.scores import model_metrics, score, summary
 from causalvae.train.samples import reconstruct
+from causalvae.weights.diffusers_folder import save_folder
 from causalvae.weights.load import load_model
 from causalvae.weights.read import own_entries
 from causalvae.weights.tensorfiles import write_safetensors
@@ -43,12 +46,12 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def weights(tmp_path: Path) -> Path:
     """A tiny model whose weights are its first ones and a little noise."""
     vae = build(PRESETS["tiny"])
-    moved = {
+    shifted = {
         name: tensor + 0.002 * rng.normal(tensor.shape, rng.key("moved", name))
         for name, tensor in vae.state_dict().items()
     }
     path = tmp_path / "tiny.safetensors"
-    write_safetensors(path, moved, metadata=own_entries(vae.config))
+    write_safetensors(path, shifted, metadata=own_entries(vae.config))
     return path
 
 
@@ -88,6 +91,33 @@ def test_each_number_is_that_of_the_clip_and_its_reconstruction(weights: Path, t
     assert not any("lpips" in name or "rfvd" in name for name in result["metrics"])
     assert result["settings"] == rule.settings()
     assert len(result["latents"]["mean"]) == vae.geometry.channels
+
+
+def test_the_same_weights_in_other_formats_have_the_same_numbers(weights: Path, tmp_path: Path) -> None:
+    places = [tmp_path / name for name in ("a.ckpt", "b.ckpt")]
+    for place, to in zip(places, ("torch", "mindspore"), strict=True):
+        convert(weights, place, to=to)
+    done = evaluate(
+        [str(each) for each in (weights, *places)],
+        out=tmp_path / "out",
+        video_path="sample:heldout",
+        asked=SMALL,
+        work=CPU,
+    )
+    assert [each["checkpoint"]["format"] for each in done.results[1:]] != ["safetensors"] * 2
+    assert len({file.name for file in done.files}) == 3
+    assert numbers(done.results[1]) == numbers(done.results[2]) == numbers(done.results[0])
+
+
+def test_a_folder_of_diffusers_is_evaluated(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    save_folder(moved("wan-2.1"), tmp_path / "wan")
+    asked = Asked(frames=6, size=(32, 32))  # padded to 9, and cropped again
+    done = evaluate(
+        [str(tmp_path / "wan")], out=tmp_path / "out", video_path="sample:heldout", asked=asked, work=CPU
+    )
+    assert done.results[0]["checkpoint"]["model"] == "AutoencoderKLWan"
+    assert len(done.results[0]["clips"][0]["psnr_by_frame"]) == 6
 
 
 def test_the_data_itself_is_the_upper_bound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

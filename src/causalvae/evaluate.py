@@ -4,7 +4,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -94,7 +94,7 @@ def evaluate(
     device = torch.device(pick_device(work.device))
     _refuse_place(out)
     results: list[dict[str, Any]] = []  # Any: as above
-    with _progress() as track:
+    with _progress() as track, _plain_arithmetic():
         clips = _settle(out, video_path, manifest=manifest, asked=asked, track=track)
         notes = in_words(clips.unreadable, most=SHOWN_LEFT_OUT)
         shelf = Shelf.of(os.environ)
@@ -254,6 +254,11 @@ def _progress() -> Iterator[Track]:
             return lambda steps: progress.advance(task, steps)
 
         yield track
+
+
+def _plain_arithmetic() -> AbstractContextManager[None]:
+    """cuDNN in fp32 proper, not TF32, by kernels that give the same bits every time. Nothing on a CPU."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 def _refuse_place(out: Path) -> None:
