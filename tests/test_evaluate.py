@@ -14,17 +14,22 @@ from torch import Tensor
 
 from causalvae import rng
 from causalvae.cli import main
+from causalvae.critics.i3d import I3D
 from causalvae.data.decode import Decoder
 from causalvae.data.sources import open_source
 from causalvae.errors import ConfigError, WeightsError
 from causalvae.evalset import ClipRule, choose_clips, read_pixels
 from causalvae.evaluate import Asked, Work, evaluate
+from causalvae.evalwork import Job, summed
 from causalvae.export import convert
+from causalvae.frechet import frechet_distance
 from causalvae.latents import LatentStatistics
 from causalvae.metrics import METRICS, psnr
 from causalvae.models.build import build
 from causalvae.models.presets import PRESETS
+from causalvae.moments import Moments
 from causalvae.scores import model_metrics, score, summary
+from causalvae.subjects import Panel, Subject
 from causalvae.train.samples import reconstruct
 from causalvae.weights.diffusers_folder import save_folder
 from causalvae.weights.load import load_model
@@ -152,6 +157,23 @@ def test_numbers_do_not_depend_on_threads_or_on_where_the_work_was_stopped(
     assert records.read_bytes() == complete.replace(lines[1], marked)
 
 
+def test_records_of_other_weights_do_not_count(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--checkpoint", weights, "--video_path", "sample:heldout")
+    assert run(tmp_path / "out", *words) == 0
+    whole = result_in(tmp_path / "out")
+    (records,) = (tmp_path / "out").glob("*.clips.jsonl")
+    complete = records.read_bytes()
+    assert b'"metrics": ["psnr", ' in complete
+    records.write_bytes(complete.replace(b'"metrics": ["psnr", ', b'"metrics": ["other", ', 1))
+    capsys.readouterr()
+    assert run(tmp_path / "out", *words) == 0
+    assert "began anew, its records were made in another way" in capsys.readouterr().out
+    assert records.read_bytes() == complete
+    assert numbers(result_in(tmp_path / "out")) == numbers(whole)
+
+
 def test_the_batch_changes_only_the_last_bits(weights: Path, tmp_path: Path) -> None:
     one = evaluate([str(weights)], out=tmp_path / "one", video_path="sample:", asked=SMALL, work=CPU)
     work = Work(batch_size=4, device="cpu")
@@ -206,6 +228,24 @@ def test_latents_of_parts_that_went_through_json_are_those_of_the_whole(
     assert "spectrum" not in found
     curve = done.results[0]["curves"]["latent_spectrum"]
     assert len(curve["x"]) == len(curve["y"]) > 0
+
+
+def test_rfvd_is_that_of_all_clips_at_once_though_it_is_summed_record_by_record(tmp_path: Path) -> None:
+    logits = rng.normal((2, 401, 400), rng.key("logits")).double()
+    chosen = choose_clips("sample:heldout", ClipRule(frames=9, size=(32, 32)))
+    subject = Subject(name="data", vae=None, facts={})
+    with torch.device("meta"):
+        panel = Panel(i3d=I3D())
+    job = Job(
+        subject=subject, panel=panel, clips=chosen, metrics={}, path=tmp_path / "a.clips.jsonl", device="cpu"
+    )
+    record = {"metrics": {}, "psnr_by_frame": [], "same_pixels": True}
+    lines = [json.dumps(record | {"i3d": logits[:, i].tolist()}) for i in range(401)]
+    job.path.write_text("\n".join(["{}", *lines]) + "\n")
+    found = summed(job)["metrics"]["rfvd"]
+    wanted = frechet_distance(Moments.of(logits[0]), Moments.of(logits[1]))
+    assert found["mean"] == pytest.approx(wanted, rel=1e-9)
+    assert found["clips"] == 401
 
 
 def test_a_manifest_gives_the_same_numbers_from_another_folder(weights: Path, tmp_path: Path) -> None:
