@@ -36,7 +36,7 @@ weights.inflate
 losses  perceptual
 fidelity  temporal  artefacts  moments  latents  frechet  compute  metrics  scores
 infer
-evalset  subjects  evalwork  evaluate  compare  evalcommands  export  programs
+evalset  subjects  evalwork  probes  evaluate  compare  evalcommands  export  programs
 train.optim  train.convolutions  train.precision  train.stability  train.compiling  train.debug
 train.parallel  train.signals  train.samples  train.heldout
 train.state  train.runlog  train.replay  train.step  train.predict  train.plan  train.parts  train.networks

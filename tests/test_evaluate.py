@@ -8,22 +8,30 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import moved
 from media import write_film
 from torch import Tensor
 
 from causalvae import rng
 from causalvae.cli import main
+from causalvae.critics.i3d import I3D
 from causalvae.data.decode import Decoder
 from causalvae.data.sources import open_source
 from causalvae.errors import ConfigError, WeightsError
 from causalvae.evalset import ClipRule, choose_clips, read_pixels
 from causalvae.evaluate import Asked, Work, evaluate
+from causalvae.evalwork import Job, summed
+from causalvae.export import convert
+from causalvae.frechet import frechet_distance
 from causalvae.latents import LatentStatistics
 from causalvae.metrics import METRICS, psnr
 from causalvae.models.build import build
 from causalvae.models.presets import PRESETS
+from causalvae.moments import Moments
 from causalvae.scores import model_metrics, score, summary
+from causalvae.subjects import Panel, Subject
 from causalvae.train.samples import reconstruct
+from causalvae.weights.diffusers_folder import save_folder
 from causalvae.weights.load import load_model
 from causalvae.weights.read import own_entries
 from causalvae.weights.tensorfiles import write_safetensors
@@ -43,12 +51,12 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def weights(tmp_path: Path) -> Path:
     """A tiny model whose weights are its first ones and a little noise."""
     vae = build(PRESETS["tiny"])
-    moved = {
-        name: tensor + 0.02 * rng.normal(tensor.shape, rng.key("moved", name))
+    shifted = {
+        name: tensor + 0.002 * rng.normal(tensor.shape, rng.key("moved", name))
         for name, tensor in vae.state_dict().items()
     }
     path = tmp_path / "tiny.safetensors"
-    write_safetensors(path, moved, metadata=own_entries(vae.config))
+    write_safetensors(path, shifted, metadata=own_entries(vae.config))
     return path
 
 
@@ -90,6 +98,33 @@ def test_each_number_is_that_of_the_clip_and_its_reconstruction(weights: Path, t
     assert len(result["latents"]["mean"]) == vae.geometry.channels
 
 
+def test_the_same_weights_in_other_formats_have_the_same_numbers(weights: Path, tmp_path: Path) -> None:
+    places = [tmp_path / name for name in ("a.ckpt", "b.ckpt")]
+    for place, to in zip(places, ("torch", "mindspore"), strict=True):
+        convert(weights, place, to=to)
+    done = evaluate(
+        [str(each) for each in (weights, *places)],
+        out=tmp_path / "out",
+        video_path="sample:heldout",
+        asked=SMALL,
+        work=CPU,
+    )
+    assert [each["checkpoint"]["format"] for each in done.results[1:]] != ["safetensors"] * 2
+    assert len({file.name for file in done.files}) == 3
+    assert numbers(done.results[1]) == numbers(done.results[2]) == numbers(done.results[0])
+
+
+def test_a_folder_of_diffusers_is_evaluated(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    save_folder(moved("wan-2.1"), tmp_path / "wan")
+    asked = Asked(frames=6, size=(32, 32))  # padded to 9, and cropped again
+    done = evaluate(
+        [str(tmp_path / "wan")], out=tmp_path / "out", video_path="sample:heldout", asked=asked, work=CPU
+    )
+    assert done.results[0]["checkpoint"]["model"] == "AutoencoderKLWan"
+    assert len(done.results[0]["clips"][0]["psnr_by_frame"]) == 6
+
+
 def test_the_data_itself_is_the_upper_bound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "out", "--checkpoint", "data", "--video_path", "sample:heldout") == 0
     found = result_in(tmp_path / "out", "data")["metrics"]
@@ -120,6 +155,23 @@ def test_numbers_do_not_depend_on_threads_or_on_where_the_work_was_stopped(
     assert again["clips"][0].pop("kept"), "measured clips are not measured again"
     assert numbers(again) == numbers(whole)
     assert records.read_bytes() == complete.replace(lines[1], marked)
+
+
+def test_records_of_other_weights_do_not_count(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--checkpoint", weights, "--video_path", "sample:heldout")
+    assert run(tmp_path / "out", *words) == 0
+    whole = result_in(tmp_path / "out")
+    (records,) = (tmp_path / "out").glob("*.clips.jsonl")
+    complete = records.read_bytes()
+    assert b'"metrics": ["psnr", ' in complete
+    records.write_bytes(complete.replace(b'"metrics": ["psnr", ', b'"metrics": ["other", ', 1))
+    capsys.readouterr()
+    assert run(tmp_path / "out", *words) == 0
+    assert "began anew, its records were made in another way" in capsys.readouterr().out
+    assert records.read_bytes() == complete
+    assert numbers(result_in(tmp_path / "out")) == numbers(whole)
 
 
 def test_the_batch_changes_only_the_last_bits(weights: Path, tmp_path: Path) -> None:
@@ -176,6 +228,24 @@ def test_latents_of_parts_that_went_through_json_are_those_of_the_whole(
     assert "spectrum" not in found
     curve = done.results[0]["curves"]["latent_spectrum"]
     assert len(curve["x"]) == len(curve["y"]) > 0
+
+
+def test_rfvd_is_that_of_all_clips_at_once_though_it_is_summed_record_by_record(tmp_path: Path) -> None:
+    logits = rng.normal((2, 401, 400), rng.key("logits")).double()
+    chosen = choose_clips("sample:heldout", ClipRule(frames=9, size=(32, 32)))
+    subject = Subject(name="data", vae=None, facts={})
+    with torch.device("meta"):
+        panel = Panel(i3d=I3D())
+    job = Job(
+        subject=subject, panel=panel, clips=chosen, metrics={}, path=tmp_path / "a.clips.jsonl", device="cpu"
+    )
+    record = {"metrics": {}, "psnr_by_frame": [], "same_pixels": True}
+    lines = [json.dumps(record | {"i3d": logits[:, i].tolist()}) for i in range(401)]
+    job.path.write_text("\n".join(["{}", *lines]) + "\n")
+    found = summed(job)["metrics"]["rfvd"]
+    wanted = frechet_distance(Moments.of(logits[0]), Moments.of(logits[1]))
+    assert found["mean"] == pytest.approx(wanted, rel=1e-9)
+    assert found["clips"] == 401
 
 
 def test_a_manifest_gives_the_same_numbers_from_another_folder(weights: Path, tmp_path: Path) -> None:
@@ -257,6 +327,17 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.ckpt").write_bytes(os.urandom(100))
     with pytest.raises(WeightsError, match=r"a\.ckpt"):
         evaluate([str(tmp_path / "a.ckpt")], out=tmp_path / "out", video_path="sample:", asked=SMALL)
+
+
+def test_probes_are_measured_when_they_are_asked_for(weights: Path, tmp_path: Path) -> None:
+    words = ("--checkpoint", weights, "data", "--video_path", "sample:heldout", "--probes", "True")
+    assert run(tmp_path / "a", *words) == 0
+    found = result_in(tmp_path / "a")
+    assert found["metrics"]["grid_levels_of_colours"]["clips"] == 6
+    curve = found["curves"]["psnr_masked"]
+    assert curve["y"][0] == pytest.approx(found["metrics"]["psnr"]["mean"], abs=1e-9)
+    assert curve["y"][0] > curve["y"][-1]
+    assert "psnr_masked" not in result_in(tmp_path / "a", "data")["curves"]
 
 
 def test_cost_is_measured_when_it_is_asked_for(weights: Path, tmp_path: Path) -> None:

@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from causalvae.config import TrainSettings
+    from causalvae.evaluate import evaluate
     from causalvae.models.base import VideoVAE
     from causalvae.train.trainer import train
 
 __version__ = "0.1.0"
-__all__ = ["TrainSettings", "VideoVAE", "__version__", "train"]
+__all__ = ["TrainSettings", "VideoVAE", "__version__", "evaluate", "train"]
 
 _HOMES = {
     "TrainSettings": "causalvae.config",
     "VideoVAE": "causalvae.models.base",
+    "evaluate": "causalvae.evaluate",
     "train": "causalvae.train.trainer",
 }
 

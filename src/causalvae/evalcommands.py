@@ -16,6 +16,7 @@ def run_eval(settings: EvalSettings) -> Evaluated:
         perceptual=settings.perceptual,
         i3d=None if settings.i3d is None else Path(settings.i3d),
         framing=settings.framing,
+        probes=settings.probes,
         cost=settings.cost,
     )
     return _evaluate(settings.checkpoint, settings, judges=judges)

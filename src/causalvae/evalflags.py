@@ -45,6 +45,7 @@ class EvalSettings:
         help="file of I3D's weights for Kinetics-400: measures rFVD too, of 401 clips or more")
     framing: Literal["stretch", "crop"] = setting("stretch", BASICS,
         help="of --i3d: how frames become 224x224")
+    probes: bool = setting(False, BASICS, help="measure clips of one colour and masked latents too")
     cost: bool = setting(False, BASICS, help="measure clips per second, memory and operations too")
     batch_size: int = setting(1, WORK, limits=AT_LEAST_1, help="clips that go through the model at once")
     dataloader_num_workers: int = setting(2, WORK, limits=AT_LEAST_0, help="threads that decode ahead")

@@ -4,7 +4,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from causalvae.evalwork import Job, first_clip, in_words, measure, summed
 from causalvae.files import disk_error, plain, write_whole
 from causalvae.machine import pick_device
 from causalvae.perceptual import Shelf
+from causalvae.probes import probed
 from causalvae.scores import FORMAT
 from causalvae.subjects import DATA, Judges, Panel, cost_of, metrics_for, read_panel, read_subject
 
@@ -93,7 +94,7 @@ def evaluate(
     device = torch.device(pick_device(work.device))
     _refuse_place(out)
     results: list[dict[str, Any]] = []  # Any: as above
-    with _progress() as track:
+    with _progress() as track, _plain_arithmetic():
         clips = _settle(out, video_path, manifest=manifest, asked=asked, track=track)
         notes = in_words(clips.unreadable, most=SHOWN_LEFT_OUT)
         shelf = Shelf.of(os.environ)
@@ -131,7 +132,11 @@ def _one(
     ]
     found = summed(job)
     result = _result(job, found)
-    if panel.cost and subject.vae is not None:
+    if panel.asked.probes and subject.vae is not None:
+        more = probed(subject, subject.vae, clips=clips, fill=found["latents"]["mean"])
+        result["metrics"] |= more["metrics"]
+        result["curves"] |= more["curves"]
+    if panel.asked.cost and subject.vae is not None:
         result["compute"] = cost_of(subject.vae, first_clip(clips))
     if "other_pixels" in found:
         notes.append(
@@ -249,6 +254,11 @@ def _progress() -> Iterator[Track]:
             return lambda steps: progress.advance(task, steps)
 
         yield track
+
+
+def _plain_arithmetic() -> AbstractContextManager[None]:
+    """cuDNN in fp32 proper, not TF32, by kernels that give the same bits every time. Nothing on a CPU."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 def _refuse_place(out: Path) -> None:

@@ -119,7 +119,7 @@ def _logits(panel: Panel, clip: Tensor, *, recon: Tensor) -> list[list[float]]:
     """Of the clip and of its reconstruction, uint8 3 t h w each: 400 numbers each."""
     assert panel.i3d is not None
     films = clip.permute(1, 2, 3, 0), recon.permute(1, 2, 3, 0)
-    parts = frechet_parts(films[0], films[1], network=panel.i3d, framing=panel.framing)
+    parts = frechet_parts(films[0], films[1], network=panel.i3d, framing=panel.asked.framing)
     return [parts.clips.mean.tolist(), parts.recons.mean.tolist()]
 
 
@@ -139,15 +139,22 @@ def _header(job: Job) -> dict[str, Any]:  # Any: JSON
 
 def _kept(job: Job) -> tuple[int, list[str]]:
     """How many records are there already, after what a kill cut off is removed; and what to say of it."""
-    head = json.dumps(_header(job)) + "\n"
-    lines = job.path.read_bytes().splitlines(keepends=True) if job.path.exists() else []
-    if not lines or lines[0].decode(errors="replace") != head:
-        write_whole(job.path, head)
-        return 0, [f"{job.path}: began anew, its records were made in another way"] if lines else []
-    whole = [line for line in lines if line.endswith(b"\n")]
-    if len(whole) < len(lines):
-        write_whole(job.path, b"".join(whole))
-    return len(whole) - 1, []
+    head = (json.dumps(_header(job)) + "\n").encode()
+    whole, num_bytes, same = 0, 0, False
+    there = job.path.exists() and job.path.stat().st_size > 0
+    with job.path.open("ab+") as file:
+        file.seek(0)
+        for line in file:  # a record of many channels is long, and a set has many
+            same = line == head if whole == 0 else same
+            if not same or not line.endswith(b"\n"):
+                break
+            whole, num_bytes = whole + 1, num_bytes + len(line)
+        if same:
+            file.truncate(num_bytes)
+    if same:
+        return whole - 1, []
+    write_whole(job.path, head)
+    return 0, [f"{job.path}: began anew, its records were made in another way"] if there else []
 
 
 def stored(path: Path) -> Iterator[dict[str, Any]]:  # Any: JSON

@@ -39,23 +39,23 @@ class Subject:
 class Judges:
     """What measures beside the table of metrics. choice, i3d: as `--perceptual` and `--i3d` say them.
 
-    cost: measure time, memory and operations.
+    probes: clips of one colour and masked latents too. cost: measure time, memory and operations.
     """
 
     perceptual: str = "none"
     i3d: Path | None = None
     framing: Framing = "stretch"
+    probes: bool = False
     cost: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """The judges, read. facts: for JSON: which files they are from."""
+    """The judges, read. asked: as they were asked for. facts: for JSON: which files they are from."""
 
     metrics: Mapping[str, Metric] = field(default_factory=lambda: METRICS)
     i3d: I3D | None = None
-    framing: Framing = "stretch"
-    cost: bool = False
+    asked: Judges = field(default_factory=Judges)
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])  # Any: JSON
 
 
@@ -115,7 +115,7 @@ def read_panel(
         i3d, digest = read_i3d(judges.i3d)
         i3d = i3d.to(device).eval()
         facts["i3d"] = {"sha256": digest, "framing": judges.framing}
-    return Panel(metrics=metrics, i3d=i3d, framing=judges.framing, cost=judges.cost, facts=facts)
+    return Panel(metrics=metrics, i3d=i3d, asked=judges, facts=facts)
 
 
 def _on_device(judge: Perceptual, device: torch.device) -> Metric:
