@@ -10,7 +10,7 @@ from test_published import CLASS_LEVELS, FEW, LISTS, SMALL
 from causalvae.errors import WeightsError
 from causalvae.models.build import shapes
 from causalvae.models.presets import PRESETS, V1_0, CausalVAEConfig, OwnConfig, WFVAEConfig
-from causalvae.weights.names import differences, may_be_missing, recognise, split_discriminator
+from causalvae.weights.names import differences, may_be_missing, recognise
 from causalvae.weights.published import published_config
 
 OTHERS = {
@@ -193,22 +193,6 @@ def test_other_tensors_are_refused_with_the_nearest_model_and_what_differs() -> 
 def test_absurd_shapes_and_numbers_are_refused(name: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(WeightsError):
         recognise(shapes_of("osp_v1.1") | {name: shape})
-
-
-def test_what_belongs_to_the_loss_is_told_apart() -> None:
-    split = split_discriminator(
-        {
-            "encoder.conv_in.weight": 1,
-            "loss.logvar": 2,
-            "loss.discriminator.main.0.weight": 3,
-            "loss.perceptual_loss.lin0.model.1.weight": 4,
-        }
-    )
-    assert split.model == {"encoder.conv_in.weight": 1}
-    assert split.critic == {"main.0.weight": 3}
-    assert split.others == {"logvar": 2, "perceptual_loss.lin0.model.1.weight": 4}
-    bare = split_discriminator({"logvar": 2, "discriminator.main.3.running_mean": 5})
-    assert (bare.model, bare.critic, bare.others) == ({}, {"main.3.running_mean": 5}, {"logvar": 2})
 
 
 def test_equal_names_and_shapes_have_no_differences() -> None:

@@ -15,7 +15,6 @@ from causalvae.errors import WeightsError
 from causalvae.models.diffusers import CONSTANTS, DiffusersVAE, diffusers_config, skeleton
 from causalvae.models.presets import DiffusersConfig
 from causalvae.weights.diffusers import CONFIG, write_diffusers
-from causalvae.weights.read import read_tensors
 
 PREFIX = "net."  # of DiffusersVAE's parameters
 WITHOUT = dict(zip(CONSTANTS, (0.0, 1.0), strict=True))  # their values where a config has none
@@ -47,17 +46,6 @@ def adopt(
         config = _config({**settings, **constants}, where)
     weights = {name: tensor for name, tensor in tensors.items() if name not in CONSTANTS}
     return config, {PREFIX + name: tensor.to(torch.float32) for name, tensor in weights.items()}
-
-
-def load_folder(path: Path) -> DiffusersVAE:
-    """The model of a folder, fp32 on the CPU."""
-    file = read_tensors(path)
-    if file.config is None:
-        raise WeightsError(f"{path}: not a folder of diffusers: it has no config.json")
-    config, tensors = adopt(file.config, file.tensors, where=file.origin.path.parent)
-    vae = skeleton(config)
-    vae.load_state_dict(tensors, strict=True, assign=True)
-    return vae
 
 
 def save_folder(

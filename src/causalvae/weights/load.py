@@ -133,9 +133,18 @@ def _exactly(
         if text:
             raise WeightsError(f"the weights are not those of the {file.kind} that the header names: {text}")
         return Loaded(config, file.tensors, (), critic, _family(config), file, file.notes)
-    if given is not None and given.get("_class_name") in DIFFUSERS_GEOMETRY:
+    theirs = str((given or {}).get("_class_name"))
+    if given is not None and theirs in DIFFUSERS_GEOMETRY:
         return _foreign(file, given, critic)
-    seen = recognise(found, given)
+    try:
+        seen = recognise(found, given)
+    except WeightsError as error:
+        if not theirs.startswith("AutoencoderKL"):
+            raise
+        raise WeightsError(
+            f"diffusers' class {theirs[:60]} can't be trained here; those that can: "
+            f"{', '.join(sorted(DIFFUSERS_GEOMETRY))}"
+        ) from error
     if seen.config is None:
         raise WeightsError(
             "these are weights of an image VAE; `causalvae init --from` makes a video VAE of them, which "

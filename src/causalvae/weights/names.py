@@ -7,7 +7,7 @@ that of the model that follows. What names can't tell, a published config.json d
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from causalvae.errors import ConfigError, WeightsError
 from causalvae.models.build import shapes as shapes_of
@@ -25,7 +25,6 @@ BLOCK = "encoder.down.0.block.0.norm1.bias"  # all of the others
 FAMILIES = {"pool": "osp-v1.0", "mix": "osp-v1.1", "joint": "osp-v1.2"}  # by how time is halved
 SHOWN = 3  # differences of each kind in a message
 TIME_RESAMPLER = re.compile(r"(encoder\.down|decoder\.up)\.\d+\.time_(down|up)sample\.")
-LOSS = ("discriminator.", "perceptual_loss.", "logvar")  # what training files hold besides the model
 RELEASE_LEVELS = (
     "names and shapes can't tell the two kinds of v1.0 apart, and no config.json did: taken as its released "
     "weights are, with time halved after levels 0 and 1"
@@ -47,14 +46,6 @@ class Recognised:
     config: OwnConfig | None
     notes: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
-
-
-class Split(NamedTuple):
-    """Entries of a training file: the model's, the critic's without their prefix, and the loss's others."""
-
-    model: dict[str, Any]
-    critic: dict[str, Any]
-    others: dict[str, Any]
 
 
 def recognise(shapes: Shapes, config: Mapping[str, Any] | None = None) -> Recognised:  # Any: JSON
@@ -257,17 +248,3 @@ def _likeness(wanted: Shapes, found: Shapes) -> tuple[float, int]:
     shared = wanted.keys() & found.keys()
     same = sum(tuple(wanted[name]) == tuple(found[name]) for name in shared)
     return len(shared) / len(wanted.keys() | found.keys()), same
-
-
-def split_discriminator(tensors: Mapping[str, Any]) -> Split:  # Any: tensors, or shapes
-    """What a training file holds in three: the model, the critic, and what else belongs to the loss."""
-    split = Split({}, {}, {})
-    for name, tensor in tensors.items():
-        inner = name.removeprefix("loss.")
-        if not name.startswith(("loss.", *LOSS)):
-            split.model[name] = tensor
-        elif inner.startswith(LOSS[0]):
-            split.critic[inner.removeprefix(LOSS[0])] = tensor
-        else:
-            split.others[inner] = tensor
-    return split
