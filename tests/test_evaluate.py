@@ -98,6 +98,7 @@ def test_each_number_is_that_of_the_clip_and_its_reconstruction(weights: Path, t
     assert len(result["latents"]["mean"]) == vae.geometry.channels
 
 
+@pytest.mark.slow
 def test_the_same_weights_in_other_formats_have_the_same_numbers(weights: Path, tmp_path: Path) -> None:
     places = [tmp_path / name for name in ("a.ckpt", "b.ckpt")]
     for place, to in zip(places, ("torch", "mindspore"), strict=True):
@@ -181,8 +182,8 @@ def test_the_batch_changes_only_the_last_bits(weights: Path, tmp_path: Path) -> 
     pairs = zip(one.results[0]["clips"], four.results[0]["clips"], strict=True)
     for a, b in pairs:
         assert a["id"] == b["id"]
-        # a value near a half may be rounded to its other side: measured 4e-5 dB, 1e-2 is one in a hundred
-        assert a["metrics"]["psnr"] == pytest.approx(b["metrics"]["psnr"], abs=1e-2)
+        # now and then a value is rounded to its other side: measured 4e-6 dB for clips of 9 x 64 x 64
+        assert a["metrics"]["psnr"] == pytest.approx(b["metrics"]["psnr"], abs=1e-3)
 
 
 def test_numbers_do_not_depend_on_the_order_of_clips() -> None:
