@@ -49,6 +49,10 @@ class Posterior:
         """The most likely latent, which is the mean."""
         return self.mean
 
+    def latent(self, noise: Tensor | None) -> Tensor:
+        """A sample by this noise; the mode without."""
+        return self.mode() if noise is None else self.sample(noise)
+
     def kl(self) -> Tensor:
         """Divergence from the standard normal, per clip, in nats, summed over c k h w: shape b."""
         mean, logvar = at_least_fp32(self.mean), at_least_fp32(self.logvar)

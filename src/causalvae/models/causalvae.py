@@ -242,8 +242,7 @@ class CausalVAE(nn.Module):
         None takes the mode.
         """
         posterior = self.encode(x)
-        z = posterior.mode() if noise is None else posterior.sample(noise)
-        return self.decode(z), posterior
+        return self.decode(posterior.latent(noise)), posterior
 
     def set_recompute(self, *, on: bool) -> None:
         """Keep the input of each block, or of a few layers, in training, and run them again in backward.

@@ -111,8 +111,7 @@ class DiffusersVAE(nn.Module):
         None takes the mode.
         """
         posterior = self.encode(x)
-        z = posterior.mode() if noise is None else posterior.sample(noise)
-        return self.decode(z), posterior
+        return self.decode(posterior.latent(noise)), posterior
 
     def set_recompute(self, *, on: bool) -> None:
         """Run blocks again in backward in the place of keeping what is inside; Wan's, chunks of a clip.
