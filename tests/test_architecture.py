@@ -17,7 +17,7 @@ from causalvae.flags import flags_of
 SOURCE = Path(__file__).parents[1] / "src" / "causalvae"
 TORCH_FROM_HERE = "-- torch from here --"
 LINES = f"""
-errors
+errors  texts
 geometry  models.presets
 flags  flagtext  config  weightflags  reportflags  evalflags
 files  fetch  rundir  machine
@@ -34,10 +34,11 @@ weights.published  weights.names  weights.writing  weights.tensorfiles  weights.
 weights.mindspore  weights.layouts  weights.diffusers  weights.read  weights.diffusers_folder  weights.load
 weights.inflate
 losses  perceptual
+train.optim  train.convolutions  train.precision
 fidelity  temporal  artefacts  moments  latents  frechet  compute  metrics  scores
 infer
 evalset  subjects  evalwork  probes  evaluate  compare  evalcommands  export  programs
-train.optim  train.convolutions  train.precision  train.stability  train.compiling  train.debug
+train.stability  train.compiling  train.debug
 train.parallel  train.signals  train.samples  train.heldout
 train.state  train.runlog  train.replay  train.step  train.predict  train.plan  train.parts  train.networks
 train.loop  train.trainer

@@ -13,13 +13,13 @@ from causalvae.compute import cost, flops, num_parameters
 from causalvae.critics.i3d import I3D
 from causalvae.errors import ConfigError
 from causalvae.frechet import LEAST_CLIPS, Framing, read_i3d
+from causalvae.infer import open_vae
 from causalvae.metrics import METRICS, Metric, perceptual_metric
 from causalvae.models.base import Posterior
-from causalvae.models.build import Model, build
+from causalvae.models.build import Model
 from causalvae.perceptual import Perceptual, Shelf, build_perceptual
 from causalvae.scores import model_metrics
 from causalvae.video import crop_frames, pad_frames, to_model, to_uint8
-from causalvae.weights.load import load_model
 
 DATA = "data"  # the word for the clips themselves
 
@@ -67,24 +67,22 @@ def read_subject(
         return Subject(
             name=DATA, vae=None, facts={"file": DATA, "sha256": DATA, "model": DATA, "set": "only"}
         )
-    loaded = load_model(Path(checkpoint), prefer=prefer)
-    vae = build(loaded.config)
-    vae.load_state_dict(vae.state_dict() | loaded.tensors, strict=True)
+    opened = open_vae(Path(checkpoint), prefer=prefer, device=str(device), precision="fp32")
+    vae, facts = opened.vae, opened.loaded.facts()
     factor = vae.geometry.spatial
     if any(side % factor for side in size):
         raise ConfigError(
             f"--resolution {size[0]}x{size[1]}: height and width must be multiples of {factor} for "
             f"{checkpoint}"
         )
-    facts = loaded.facts()
     file = Path(str(facts["file"]))
     step = re.fullmatch(r"step-(\d+)", file.parent.name)
     return Subject(
         name=f"{_short(file)}-{str(facts['sha256'])[:8]}",
-        vae=vae.float().to(device).eval().requires_grad_(False),
+        vae=vae,
         facts=facts,
         step=None if step is None else int(step[1]),
-        notes=loaded.notes,
+        notes=opened.notes,
     )
 
 

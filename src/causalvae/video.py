@@ -41,6 +41,22 @@ def crop_frames(x: Tensor, frames: int) -> Tensor:
     return x[:, :, :frames]
 
 
+def pad_size(x: Tensor, geometry: Geometry) -> Tensor:
+    """b c t h w -> the same with the last row and column repeated, to multiples of the spatial factor."""
+    height, width = x.shape[3:]
+    below, right = geometry.padded_size(height) - height, geometry.padded_size(width) - width
+    if below:
+        x = torch.cat([x, x[:, :, :, -1:].expand(-1, -1, -1, below, -1)], dim=3)
+    if right:
+        x = torch.cat([x, x[..., -1:].expand(-1, -1, -1, -1, right)], dim=4)
+    return x
+
+
+def crop_size(x: Tensor, height: int, width: int) -> Tensor:
+    """b c t h w -> its upper left height x width: the inverse of pad_size on a reconstruction."""
+    return x[:, :, :, :height, :width]
+
+
 def at_least_fp32(x: Tensor) -> Tensor:
     """Half precisions as fp32: losses, statistics and metrics are not computed in less."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
