@@ -20,7 +20,7 @@ LINES = f"""
 errors  texts
 geometry  models.presets
 flags  flagtext  config  weightflags  reportflags  evalflags
-files  fetch  rundir  machine
+files  locks  fetch  rundir  machine
 report.records  report.evals  report.charts  report.films  report.views  report.build  report.watch
 {TORCH_FROM_HERE}
 rng  video
@@ -35,7 +35,7 @@ weights.mindspore  weights.layouts  weights.diffusers  weights.read  weights.dif
 weights.inflate
 losses  perceptual
 train.optim  train.convolutions  train.precision
-fidelity  temporal  artefacts  moments  latents  frechet  compute  metrics  scores
+fidelity  temporal  artefacts  moments  latents  frechet  compute  metrics  scores  worst
 infer
 evalset  subjects  evalwork  probes  evaluate  compare  evalcommands  export  programs
 train.stability  train.compiling  train.debug

@@ -4,16 +4,15 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from evalruns import moved_tiny, numbers, result_in, run
 from foreign import moved
 from media import write_film
 from torch import Tensor
 
 from causalvae import rng
-from causalvae.cli import main
 from causalvae.critics.i3d import I3D
 from causalvae.data.decode import Decoder
 from causalvae.data.sources import open_source
@@ -29,16 +28,13 @@ from causalvae.models.build import build
 from causalvae.models.presets import PRESETS
 from causalvae.moments import Moments
 from causalvae.scores import model_metrics, score, summary
-from causalvae.subjects import Panel, Subject
+from causalvae.subjects import Panel, Reading, Subject
 from causalvae.train.samples import reconstruct
 from causalvae.weights.diffusers_folder import save_folder
 from causalvae.weights.load import load_model
-from causalvae.weights.read import own_entries
-from causalvae.weights.tensorfiles import write_safetensors
 
 SMALL = Asked(frames=5, size=(32, 32), per_video=3)
-WORDS = ["--num_frames", "5", "--resolution", "32", "--clips_per_video", "3", "--device", "cpu"]
-CPU = Work(device="cpu")
+CPU = Reading(device="cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -49,29 +45,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
-    """A tiny model whose weights are its first ones and a little noise."""
-    vae = build(PRESETS["tiny"])
-    shifted = {
-        name: tensor + 0.002 * rng.normal(tensor.shape, rng.key("moved", name))
-        for name, tensor in vae.state_dict().items()
-    }
-    path = tmp_path / "tiny.safetensors"
-    write_safetensors(path, shifted, metadata=own_entries(vae.config))
-    return path
-
-
-def result_in(out: Path, start: str = "tiny") -> dict[str, Any]:
-    (file,) = out.glob(f"{start}*.json")
-    return json.loads(file.read_text())
-
-
-def numbers(result: dict[str, Any]) -> dict[str, Any]:
-    """What does not depend on the clock or on where files are."""
-    return {name: result[name] for name in ("metrics", "curves", "latents", "clips", "manifest")}
-
-
-def run(out: Path, *words: object) -> int:
-    return main("eval", [*WORDS, "--out", str(out), *map(str, words)])
+    return moved_tiny(tmp_path / "tiny.safetensors")
 
 
 def test_each_number_is_that_of_the_clip_and_its_reconstruction(weights: Path, tmp_path: Path) -> None:
@@ -108,7 +82,7 @@ def test_the_same_weights_in_other_formats_have_the_same_numbers(weights: Path, 
         out=tmp_path / "out",
         video_path="sample:heldout",
         asked=SMALL,
-        work=CPU,
+        how=CPU,
     )
     assert [each["checkpoint"]["format"] for each in done.results[1:]] != ["safetensors"] * 2
     assert len({file.name for file in done.files}) == 3
@@ -120,7 +94,7 @@ def test_a_folder_of_diffusers_is_evaluated(tmp_path: Path) -> None:
     save_folder(moved("wan-2.1"), tmp_path / "wan")
     asked = Asked(frames=6, size=(32, 32))  # padded to 9, and cropped again
     done = evaluate(
-        [str(tmp_path / "wan")], out=tmp_path / "out", video_path="sample:heldout", asked=asked, work=CPU
+        [str(tmp_path / "wan")], out=tmp_path / "out", video_path="sample:heldout", asked=asked, how=CPU
     )
     assert done.results[0]["checkpoint"]["model"] == "AutoencoderKLWan"
     assert len(done.results[0]["clips"][0]["psnr_by_frame"]) == 6
@@ -176,8 +150,8 @@ def test_records_of_other_weights_do_not_count(
 
 
 def test_the_batch_changes_only_the_last_bits(weights: Path, tmp_path: Path) -> None:
-    one = evaluate([str(weights)], out=tmp_path / "one", video_path="sample:", asked=SMALL, work=CPU)
-    work = Work(batch_size=4, device="cpu")
+    one = evaluate([str(weights)], out=tmp_path / "one", video_path="sample:", asked=SMALL, how=CPU)
+    work = Work(batch_size=4)
     four = evaluate([str(weights)], out=tmp_path / "four", video_path="sample:", asked=SMALL, work=work)
     pairs = zip(one.results[0]["clips"], four.results[0]["clips"], strict=True)
     for a, b in pairs:
@@ -222,7 +196,7 @@ def test_seams_of_latent_frames_are_measured_at_their_borders() -> None:
 def test_latents_of_parts_that_went_through_json_are_those_of_the_whole(
     weights: Path, tmp_path: Path
 ) -> None:
-    done = evaluate([str(weights)], out=tmp_path / "out", video_path="sample:", asked=SMALL, work=CPU)
+    done = evaluate([str(weights)], out=tmp_path / "out", video_path="sample:", asked=SMALL, how=CPU)
     found = done.results[0]["latents"]
     assert found["positions"] == 6 * 2 * 4 * 4
     assert len(found["kl"]) == LatentStatistics.none(PRESETS["tiny"].geometry.channels).kl.numel()
@@ -237,9 +211,7 @@ def test_rfvd_is_that_of_all_clips_at_once_though_it_is_summed_record_by_record(
     subject = Subject(name="data", vae=None, facts={})
     with torch.device("meta"):
         panel = Panel(i3d=I3D())
-    job = Job(
-        subject=subject, panel=panel, clips=chosen, metrics={}, path=tmp_path / "a.clips.jsonl", device="cpu"
-    )
+    job = Job(subject=subject, panel=panel, clips=chosen, metrics={}, path=tmp_path / "a.clips.jsonl")
     record = {"metrics": {}, "psnr_by_frame": [], "same_pixels": True}
     lines = [json.dumps(record | {"i3d": logits[:, i].tolist()}) for i in range(401)]
     job.path.write_text("\n".join(["{}", *lines]) + "\n")
@@ -261,7 +233,7 @@ def test_a_manifest_gives_the_same_numbers_from_another_folder(weights: Path, tm
         out=tmp_path / "second",
         video_path=str(tmp_path / "moved"),
         manifest=tmp_path / "first/manifest.json",
-        work=CPU,
+        how=CPU,
     )
     assert numbers(dict(second.results[0])) == numbers(result_in(tmp_path / "first"))
 
@@ -321,7 +293,7 @@ def test_a_mistake_is_one_line(
 def test_a_size_that_the_model_does_not_take_is_refused(weights: Path, tmp_path: Path) -> None:
     asked = Asked(frames=5, size=(36, 36))
     with pytest.raises(ConfigError, match="36x36: height and width must be multiples of"):
-        evaluate([str(weights)], out=tmp_path / "out", video_path="sample:", asked=asked, work=CPU)
+        evaluate([str(weights)], out=tmp_path / "out", video_path="sample:", asked=asked, how=CPU)
 
 
 def test_damaged_weights_are_refused(tmp_path: Path) -> None:

@@ -30,7 +30,9 @@ def test_a_run_with_evaluation_equals_one_without_bitwise(tmp_path: Path) -> Non
     assert_same_state(plain, looked, step=4)
     assert metrics(plain) == metrics(looked)
     assert sorted(file.name for file in (looked / "run/eval").iterdir()) == [
+        "step-00000002.films",
         "step-00000002.json",
+        "step-00000004.films",
         "step-00000004.json",
     ]
     assert "dB PSNR (ema weights) on 1 held-out clips" in done.stdout

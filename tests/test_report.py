@@ -68,7 +68,8 @@ def test_a_run_of_the_command_has_all_it_left_on_its_page(trained: Path, tmp_pat
     total = next(chart for chart in data["charts"] if chart["name"] == "total")
     assert total["series"][0]["x"] == [1, 2, 3, 4]
     assert [event["step"] for event in data["runs"][0]["events"] if event["kind"] == "checkpoint"] == [2, 4]
-    assert [[each["step"] for each in clip["versions"]] for clip in data["players"]] == [[2, 4], [2, 4]]
+    assert [[each["step"] for each in clip["versions"]] for clip in data["players"]] == [[2, 4]] * 3
+    assert sorted(clip["name"] for clip in data["players"]) == ["", "", "city_spire.mp4#0"]
     changed = {row["name"] for row in view(trained)["changed"]}
     assert {"max_steps", "clip_grad", "perceptual"} <= changed
     assert changed.isdisjoint({"seed", "betas", "optim"})
@@ -253,7 +254,7 @@ def test_both_languages_have_the_same_words() -> None:
 
 def test_every_frame_of_a_film_is_in_its_sprite_in_order(tmp_path: Path) -> None:
     write_films(tmp_path, steps=[10, 20], clips=1, frames=9, size=64)
-    (clip,) = films.players([tmp_path], notes=[])
+    (clip,) = films.players(films.samples(tmp_path, 0), notes=[])
     film = in_order(tmp_path / "samples/step-00000020-clip0.mp4")
     shown = sprite_frames(clip, clip["versions"][-1]["film"])
     original = sprite_frames(clip, clip["original"])
@@ -274,7 +275,7 @@ def test_films_of_another_shape_than_the_last_are_left_out(tmp_path: Path) -> No
     write_films(tmp_path, steps=[10], clips=1, frames=9, size=64)
     write_films(tmp_path, steps=[20], clips=1, frames=5, size=64)
     write_films(tmp_path, steps=[30, 40], clips=1, frames=9, size=32)
-    (clip,) = films.players([tmp_path], notes=[])
+    (clip,) = films.players(films.samples(tmp_path, 0), notes=[])
     assert [each["step"] for each in clip["versions"]] == [30, 40]
     assert (clip["height"], clip["width"], clip["frames"]) == (32, 32, 9)
 
@@ -304,12 +305,12 @@ def test_films_of_noise_are_made_small_enough(tmp_path: Path) -> None:
             if copy != path:
                 copy.hardlink_to(path)
     known: films.Sprites = {}
-    whole = films.sprite_bytes(films.players([tmp_path], notes=[]))
-    clips = films.players([tmp_path], notes=[], known=known, num_bytes=whole // 3)
+    whole = films.sprite_bytes(films.players(films.samples(tmp_path, 0), notes=[]))
+    clips = films.players(films.samples(tmp_path, 0), notes=[], known=known, num_bytes=whole // 3)
     assert films.sprite_bytes(clips) <= whole // 3
     assert all(len(clip["versions"]) == films.MAX_VERSIONS for clip in clips)
     encoded = len(known)
-    assert films.players([tmp_path], notes=[], known=known, num_bytes=whole // 3) == clips
+    assert films.players(films.samples(tmp_path, 0), notes=[], known=known, num_bytes=whole // 3) == clips
     assert len(known) == encoded  # nothing was encoded again
 
 

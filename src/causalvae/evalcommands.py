@@ -7,7 +7,7 @@ from causalvae.compare import Comparison, compare, read_measured
 from causalvae.errors import ConfigError
 from causalvae.evalflags import CompareSettings, EvalSettings, FailRule
 from causalvae.evaluate import Asked, Evaluated, Work, evaluate
-from causalvae.subjects import Judges
+from causalvae.subjects import Judges, Reading
 
 
 def run_eval(settings: EvalSettings) -> Evaluated:
@@ -19,7 +19,13 @@ def run_eval(settings: EvalSettings) -> Evaluated:
         probes=settings.probes,
         cost=settings.cost,
     )
-    return _evaluate(settings.checkpoint, settings, judges=judges)
+    how = Reading(
+        prefer=settings.weights,
+        model_config=None if settings.model_config is None else Path(settings.model_config),
+        precision=settings.precision,
+        device=settings.device,
+    )
+    return _evaluate(settings.checkpoint, settings, judges=judges, how=how, films=settings.films)
 
 
 def run_compare(words: Sequence[str], settings: CompareSettings) -> Comparison:
@@ -28,7 +34,8 @@ def run_compare(words: Sequence[str], settings: CompareSettings) -> Comparison:
         raise ConfigError("causalvae compare: name two checkpoints, runs or files of `causalvae eval`")
     files = [Path(word) for word in words]
     if settings.video_path is not None or settings.manifest is not None:
-        files = list(_evaluate(words, settings, judges=Judges()).files)
+        how = Reading(prefer=settings.weights, device=settings.device)
+        files = list(_evaluate(words, settings, judges=Judges(), how=how, films=0).files)
     if len(files) != 2 or files[0] == files[1]:
         raise ConfigError(f"causalvae compare: {words[0]} and {words[1]} are one and the same")
     first, second = (read_measured(file, side=settings.weights) for file in files)
@@ -36,9 +43,15 @@ def run_compare(words: Sequence[str], settings: CompareSettings) -> Comparison:
 
 
 def _evaluate(
-    checkpoints: Sequence[str], settings: EvalSettings | CompareSettings, *, judges: Judges
+    checkpoints: Sequence[str],
+    settings: EvalSettings | CompareSettings,
+    *,
+    judges: Judges,
+    how: Reading,
+    films: int,
 ) -> Evaluated:
     size = settings.resolution
+    work = Work(batch_size=settings.batch_size, workers=settings.dataloader_num_workers, films=films)
     return evaluate(
         checkpoints,
         out=Path(settings.out),
@@ -51,8 +64,6 @@ def _evaluate(
             per_video=settings.clips_per_video,
         ),
         judges=judges,
-        work=Work(
-            batch_size=settings.batch_size, workers=settings.dataloader_num_workers, device=settings.device
-        ),
-        prefer=settings.weights,
+        work=work,
+        how=how,
     )

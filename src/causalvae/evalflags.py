@@ -39,6 +39,10 @@ class EvalSettings:
     clips_per_video: int | None = setting(None, CLIPS, none_word="auto", limits=AT_LEAST_1,
         help=f"at most so many clips of a video, evenly spaced, none overlapping; auto is {PER_VIDEO}")
     weights: Literal["ema", "live"] = setting("ema", BASICS, help="which of a checkpoint's two sets")
+    model_config: str | None = setting(None, BASICS, none_word="none",
+        help="a published config.json that says what names of weights can't; without, the one beside them")
+    precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", BASICS,
+        help="what convolutions compute in; fp32 is what to publish")
     perceptual: str = setting("none", BASICS,
         help="a network that judges too, as in training: lpips-vgg, lpips-alex, lpips-squeeze, or yours")
     i3d: str | None = setting(None, BASICS, none_word="none",
@@ -47,6 +51,8 @@ class EvalSettings:
         help="of --i3d: how frames become 224x224")
     probes: bool = setting(False, BASICS, help="measure clips of one colour and masked latents too")
     cost: bool = setting(False, BASICS, help="measure clips per second, memory and operations too")
+    films: int = setting(8, WORK, limits=AT_LEAST_0,
+        help="worst clips of which films are written, for the report")
     batch_size: int = setting(1, WORK, limits=AT_LEAST_1, help="clips that go through the model at once")
     dataloader_num_workers: int = setting(2, WORK, limits=AT_LEAST_0, help="threads that decode ahead")
     device: str = setting("auto", WORK, help="auto, cpu, cuda, cuda:1, mps")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,13 +20,25 @@ from causalvae.data.sources import open_source
 from causalvae.errors import ConfigError
 from causalvae.evalflags import FRAMES, PER_VIDEO, SIZE, STRIDE
 from causalvae.evalset import ClipRule, ClipSet, check_clips, choose_clips, read_manifest
-from causalvae.evalwork import Job, first_clip, in_words, measure, summed
+from causalvae.evalwork import Job, films_of_worst, first_clip, in_words, measure, summed
 from causalvae.files import disk_error, plain, write_whole
+from causalvae.locks import Lock
 from causalvae.machine import pick_device
 from causalvae.perceptual import Shelf
 from causalvae.probes import probed
 from causalvae.scores import FORMAT
-from causalvae.subjects import DATA, Judges, Panel, cost_of, metrics_for, read_panel, read_subject
+from causalvae.subjects import (
+    DATA,
+    Judges,
+    Panel,
+    Reading,
+    Subject,
+    cost_of,
+    metrics_for,
+    read_panel,
+    read_subject,
+)
+from causalvae.worst import MOST, Worst, film_folder, with_films, write_films
 
 MANIFEST = "manifest.json"
 SHOWN_LEFT_OUT = 5  # videos that are named on the terminal; the files name all
@@ -56,11 +68,14 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """How the work is done. batch_size: clips at once. workers: threads that decode ahead, 0 for none."""
+    """How the work is done. batch_size: clips at once. workers: threads that decode ahead, 0 for none.
+
+    films: worst clips of which films are written.
+    """
 
     batch_size: int = 1
     workers: int = 2
-    device: str = "auto"
+    films: int = MOST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,26 +96,28 @@ def evaluate(
     asked: Asked | None = None,
     judges: Judges | None = None,
     work: Work | None = None,
-    prefer: Literal["ema", "live"] = "ema",
+    how: Reading | None = None,
 ) -> Evaluated:
     """Evaluate checkpoints on clips of a folder or of a manifest; write manifest and results into `out`.
 
-    checkpoints: paths, or the word `data`. prefer: which of two sets of weights. docs/eval.md has the rest.
+    checkpoints: paths, or the word `data`. how: they are read; the device may be `auto`. docs/eval.md has
+    the rest. RunError if another process writes into `out`.
     """
-    asked, judges, work = asked or Asked(), judges or Judges(), work or Work()
+    asked, judges, work, how = asked or Asked(), judges or Judges(), work or Work(), how or Reading()
     for each in checkpoints:
         if each != DATA and not Path(each).exists():
             raise ConfigError(f"--checkpoint {printable(each)}: there is no such file or folder")
-    device = torch.device(pick_device(work.device))
-    _refuse_place(out)
+    how = replace(how, device=pick_device(how.device))
     results: list[dict[str, Any]] = []  # Any: as above
-    with _progress() as track, _plain_arithmetic():
+    with _held(out), _progress() as track, _plain_arithmetic():
         clips = _settle(out, video_path, manifest=manifest, asked=asked, track=track)
         notes = in_words(clips.unreadable, most=SHOWN_LEFT_OUT)
         shelf = Shelf.of(os.environ)
-        panel = read_panel(judges, clips=len(clips.clips), size=clips.rule.size, shelf=shelf, device=device)
+        device, size = torch.device(how.device), clips.rule.size
+        panel = read_panel(judges, clips=len(clips.clips), size=size, shelf=shelf, device=device)
         for each in dict.fromkeys(checkpoints):
-            result, said = _one(each, out, panel=panel, clips=clips, work=work, prefer=prefer, track=track)
+            subject = read_subject(each, how, size=size)
+            result, said = _one(subject, out, panel=panel, clips=clips, work=work, track=track)
             results.append(result)
             notes += said
     files = tuple(out / f"{result['name']}.json" for result in results)
@@ -110,27 +127,18 @@ def evaluate(
 
 
 def _one(
-    checkpoint: str,
-    out: Path,
-    *,
-    panel: Panel,
-    clips: ClipSet,
-    work: Work,
-    prefer: Literal["ema", "live"],
-    track: Track,
+    subject: Subject, out: Path, *, panel: Panel, clips: ClipSet, work: Work, track: Track
 ) -> tuple[dict[str, Any], list[str]]:  # Any: JSON
     """One checkpoint: its result, which is written, and what is worth saying."""
-    device = torch.device(pick_device(work.device))
-    subject = read_subject(checkpoint, prefer=prefer, size=clips.rule.size, device=device)
-    path = out / f"{subject.name}.clips.jsonl"
-    metrics = metrics_for(subject, panel)
-    job = Job(subject=subject, panel=panel, clips=clips, metrics=metrics, path=path, device=device.type)
-    advance = track(subject.name, len(clips.clips))
-    notes = [
-        *subject.notes,
-        *measure(job, batch_size=work.batch_size, workers=work.workers, advance=advance),
-    ]
+    place, path = out / f"{subject.name}.json", out / f"{subject.name}.clips.jsonl"
+    job = Job(subject=subject, panel=panel, clips=clips, metrics=metrics_for(subject, panel), path=path)
+    advance, worst = track(subject.name, len(clips.clips)), Worst(work.films)
+    measuring = measure(job, batch_size=work.batch_size, workers=work.workers, advance=advance, worst=worst)
+    notes = [*subject.notes, *measuring]
     found = summed(job)
+    if work.films:
+        names = write_films(film_folder(place), films_of_worst(job, found["clips"], worst))
+        found["clips"] = with_films(found["clips"], names)
     result = _result(job, found)
     if panel.asked.probes and subject.vae is not None:
         more = probed(subject, subject.vae, clips=clips, fill=found["latents"]["mean"])
@@ -143,7 +151,7 @@ def _one(
             f"{found['other_pixels']} of {len(clips.clips)} clips are decoded to other pixels here than "
             "where the manifest was made, so numbers may differ in their last digits"
         )
-    _write(out / f"{subject.name}.json", result)
+    _write(place, result)
     return result, notes
 
 
@@ -261,12 +269,19 @@ def _plain_arithmetic() -> AbstractContextManager[None]:
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
-def _refuse_place(out: Path) -> None:
-    """ConfigError if results can't be written there: told before the work."""
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """The folder for results is this process's alone. ConfigError if nothing can be written there."""
     there = next(each for each in (out.absolute(), *out.absolute().parents) if each.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "can't be written to" if there.is_dir() else "is no folder"
         raise ConfigError(f"--out {out}: {there} {what}; choose another place")
+    try:
+        lock = Lock(out, instead="give another --out")
+    except OSError as error:
+        raise disk_error(error, out) or error from error
+    with lock:
+        yield
 
 
 def _write(path: Path, content: Json) -> None:

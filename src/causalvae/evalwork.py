@@ -29,6 +29,7 @@ from causalvae.models.base import Posterior
 from causalvae.moments import Moments
 from causalvae.scores import score, summary
 from causalvae.subjects import Panel, Subject, reconstruct_batch
+from causalvae.worst import Worst, as_film, worst_places
 
 RECORDS = "causalvae eval clips 1"
 Json = Mapping[str, Any]  # Any: JSON values nest
@@ -36,14 +37,13 @@ Json = Mapping[str, Any]  # Any: JSON values nest
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One subject on a set of clips. path: the file of records. device: its kind."""
+    """One subject on a set of clips. path: the file of records."""
 
     subject: Subject
     panel: Panel
     clips: ClipSet
     metrics: Mapping[str, Metric]
     path: Path
-    device: str
 
 
 def decoded(clips: Sequence[EvalClip], rule: ClipRule, *, workers: int) -> Iterator[tuple[EvalClip, Tensor]]:
@@ -81,14 +81,24 @@ def decoded(clips: Sequence[EvalClip], rule: ClipRule, *, workers: int) -> Itera
                 each.cancel()
 
 
-def measure(job: Job, *, batch_size: int, workers: int, advance: Callable[[int], None]) -> list[str]:
-    """Write the records that are missing. Returns what is worth saying. advance: told of clips done."""
+def measure(
+    job: Job, *, batch_size: int, workers: int, advance: Callable[[int], None], worst: Worst
+) -> list[str]:
+    """Write the records that are missing. Returns what is worth saying.
+
+    advance: told of clips done. worst: is offered every clip that is measured now.
+    """
     done, notes = _kept(job)
     advance(done)
     source = decoded(job.clips.clips[done:], job.clips.rule, workers=workers)
     while batch := list(islice(source, batch_size)):
         clips, pixels = [clip for clip, _ in batch], torch.stack([each for _, each in batch])
-        lines = [json.dumps(plain(record)) + "\n" for record in _records(job, clips, pixels=pixels)]
+        recons, posteriors = reconstruct_batch(job.subject, pixels)
+        records = list(_records(job, clips, pixels=pixels, recons=recons, posteriors=posteriors))
+        for i, record in enumerate(records):
+            worst.offer(done + i, record, clip=pixels[i], recon=recons[i])
+        done += len(batch)
+        lines = [json.dumps(plain(record)) + "\n" for record in records]
         try:
             append_whole(job.path, "".join(lines).encode())
         except OSError as error:
@@ -97,9 +107,27 @@ def measure(job: Job, *, batch_size: int, workers: int, advance: Callable[[int],
     return notes
 
 
-def _records(job: Job, clips: Sequence[EvalClip], *, pixels: Tensor) -> Iterator[dict[str, Any]]:  # Any: JSON
-    """The record of each clip of a batch. pixels: uint8 b 3 t h w."""
-    recons, posteriors = reconstruct_batch(job.subject, pixels)
+def films_of_worst(job: Job, records: Sequence[Json], worst: Worst) -> dict[int, Tensor]:
+    """Films of the worst clips by place, uint8 t h 2w 3. Those measured before this start are made again."""
+    places = worst_places(records, most=worst.most)
+    films = worst.films()
+    again = [place for place in places if place not in films]
+    source = decoded([job.clips.clips[place] for place in again], job.clips.rule, workers=0)
+    for place, (_, pixels) in zip(again, source, strict=True):
+        recons, _ = reconstruct_batch(job.subject, pixels[None])
+        films[place] = as_film(pixels, recons[0])
+    return {place: films[place] for place in places}
+
+
+def _records(
+    job: Job,
+    clips: Sequence[EvalClip],
+    *,
+    pixels: Tensor,
+    recons: Tensor,
+    posteriors: Sequence[Posterior],
+) -> Iterator[dict[str, Any]]:  # Any: JSON
+    """The record of each clip of a batch. pixels, recons: uint8 b 3 t h w."""
     for i, clip in enumerate(clips):
         record: dict[str, Any] = {"id": clip.id, "video": clip.video.id, "start": clip.start}  # Any: as above
         record |= score(pixels[i], recons[i], metrics=job.metrics)
@@ -130,10 +158,11 @@ def _header(job: Job) -> dict[str, Any]:  # Any: JSON
         "format": RECORDS,
         "checkpoint": facts["sha256"],
         "set": facts["set"],
+        "precision": facts["precision"],
         "manifest": job.clips.digest,
         "metrics": list(job.metrics),
         "judges": plain(job.panel.facts),
-        "made_by": [__version__, torch.__version__, job.device],
+        "made_by": [__version__, torch.__version__, facts["device"]],
     }
 
 

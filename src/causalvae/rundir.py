@@ -8,16 +8,12 @@ here, but for the names of the files that stay when the rest is pruned.
 """
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import re
 import shutil
-import socket
 from collections.abc import Generator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
@@ -26,6 +22,8 @@ from safetensors import SafetensorError
 
 from causalvae.errors import ConfigError, RunError
 from causalvae.files import Json, append_whole, disk_error, plain, remove, sha256, sync, write_whole
+from causalvae.locks import NAME as LOCK
+from causalvae.locks import Lock
 
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"  # in a full checkpoint; a pruned one has only the weights
@@ -33,7 +31,6 @@ WEIGHTS = ("model.safetensors", "ema.safetensors")  # what pruning leaves
 STEP_FOLDER = re.compile(r"step-([0-9]{8,})")
 RUBBISH = re.compile(r"\..+\.partial")  # what a killed process leaves in the folders of a run
 FOLDERS = (".", "checkpoints", "debug", "eval", "samples")
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems that can't lock
 
 
 @dataclass(frozen=True)
@@ -66,26 +63,22 @@ class RunDir:
         self.path = path
         self.warnings: list[str] = []
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            self.was_empty = _is_empty(path)
-            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self.was_empty = not path.exists() or _is_empty(path)
+            self._lock = Lock(path, instead="give another --exp_name")
         except OSError as error:
             raise RunError(
                 f"{path}: the run's folder can't be written: {error.strerror}; choose another --output_dir"
             ) from error
+        self.warnings += [self._lock.warning] if self._lock.warning is not None else []
         try:
-            self._take_lock()
             self._folder.mkdir(exist_ok=True)
             self._clean()
         except OSError as error:
-            os.close(self._lock)
+            self.close()
             raise RunError(
                 f"{path}: the run's folder can't be used: {error.strerror}; see who owns it and "
                 "whether its disk is full"
             ) from error
-        except RunError:
-            os.close(self._lock)
-            raise
 
     def __enter__(self) -> Self:
         return self
@@ -97,31 +90,11 @@ class RunDir:
 
     def close(self) -> None:
         """Give the lock back."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._lock.close()
 
     @property
     def _folder(self) -> Path:
         return self.path / "checkpoints"
-
-    def _take_lock(self) -> None:
-        """lockf, not flock: a worker process must not inherit the lock and outlive the run with it."""
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in NO_LOCKS:
-                self.warnings.append(
-                    f"{self.path}: this file system has no locks; start no second process on it"
-                )
-                return
-            raise RunError(
-                f"{self.path}: {_holder(self._lock)}; wait for it, stop it, or give another --exp_name"
-            ) from error
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        text = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": now})
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, text.encode(), 0)
 
     def _clean(self) -> None:
         """Remove what killed processes left: partial files and folders, and state that was being pruned."""
@@ -309,18 +282,8 @@ def damage(folder: Path) -> str | None:
 
 def _is_empty(path: Path) -> bool:
     """Whether a run's folder has nothing in it but what opening it makes."""
-    made = [item for item in path.iterdir() if item.name != "lock"]
+    made = [item for item in path.iterdir() if item.name != LOCK]
     return all(item.name == "checkpoints" and not any(item.iterdir()) for item in made)
-
-
-def _holder(lock: int) -> str:
-    """Who has the lock, in words."""
-    text = os.pread(lock, 4096, 0).decode(errors="replace")
-    try:
-        holder = cast(Json, json.loads(text))
-        return f"in use by process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (ValueError, KeyError, TypeError):
-        return "in use by another process"
 
 
 def seal(folder: Path, step: int) -> None:

@@ -19,6 +19,7 @@ from causalvae.models.base import Posterior
 from causalvae.models.build import Model
 from causalvae.perceptual import Perceptual, Shelf, build_perceptual
 from causalvae.scores import model_metrics
+from causalvae.train.precision import PrecisionName
 from causalvae.video import crop_frames, pad_frames, to_model, to_uint8
 
 DATA = "data"  # the word for the clips themselves
@@ -59,31 +60,65 @@ class Panel:
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])  # Any: JSON
 
 
-def read_subject(
-    checkpoint: str, *, prefer: Literal["ema", "live"], size: tuple[int, int], device: torch.device
-) -> Subject:
-    """A checkpoint with its model on the device, fp32. ConfigError if the size does not fit the model."""
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How checkpoints are read. prefer: which of two sets of weights. model_config: as `load_model` has it.
+
+    precision: what convolutions compute in. device: as `--device`.
+    """
+
+    prefer: Literal["ema", "live"] = "ema"
+    model_config: Path | None = None
+    precision: PrecisionName = "fp32"
+    device: str = "auto"
+
+
+def read_subject(checkpoint: str, how: Reading, *, size: tuple[int, int]) -> Subject:
+    """A checkpoint with its model on the device. ConfigError if the size does not fit the model."""
     if checkpoint == DATA:
         return Subject(
-            name=DATA, vae=None, facts={"file": DATA, "sha256": DATA, "model": DATA, "set": "only"}
+            name=DATA,
+            vae=None,
+            facts={
+                "file": DATA,
+                "sha256": DATA,
+                "model": DATA,
+                "set": "only",
+                "precision": "fp32",
+                "device": "cpu",
+            },
         )
-    opened = open_vae(Path(checkpoint), prefer=prefer, device=str(device), precision="fp32")
-    vae, facts = opened.vae, opened.loaded.facts()
+    opened = open_vae(
+        Path(checkpoint),
+        prefer=how.prefer,
+        model_config=how.model_config,
+        device=how.device,
+        precision=how.precision,
+    )
+    vae, facts = (
+        opened.vae,
+        {**opened.loaded.facts(), "precision": opened.precision.name, "device": opened.device.type},
+    )
+    _refuse_size(vae, size, checkpoint)
+    file = Path(str(facts["file"]))
+    step = re.fullmatch(r"step-(\d+)", file.parent.name)
+    numbers = "" if how.precision == "fp32" else f"-{how.precision}"  # as asked: resumed under the same name
+    return Subject(
+        name=f"{_short(file)}-{str(facts['sha256'])[:8]}{numbers}",
+        vae=vae,
+        facts=facts,
+        step=None if step is None else int(step[1]),
+        notes=opened.notes,
+    )
+
+
+def _refuse_size(vae: Model, size: tuple[int, int], checkpoint: str) -> None:
     factor = vae.geometry.spatial
     if any(side % factor for side in size):
         raise ConfigError(
             f"--resolution {size[0]}x{size[1]}: height and width must be multiples of {factor} for "
             f"{checkpoint}"
         )
-    file = Path(str(facts["file"]))
-    step = re.fullmatch(r"step-(\d+)", file.parent.name)
-    return Subject(
-        name=f"{_short(file)}-{str(facts['sha256'])[:8]}",
-        vae=vae,
-        facts=facts,
-        step=None if step is None else int(step[1]),
-        notes=opened.notes,
-    )
 
 
 def _short(file: Path) -> str:

@@ -18,7 +18,7 @@ from causalvae.errors import ConfigError
 from causalvae.files import disk_error, write_whole
 from causalvae.report.charts import GROUPS, eval_charts, run_charts
 from causalvae.report.evals import Eval, read_eval, run_evals
-from causalvae.report.films import Sprites, players
+from causalvae.report.films import Sprites, footage_of, players
 from causalvae.report.records import Run, read_run
 from causalvae.report.views import differing, metric_table, run_view, title_of, worst_clips
 
@@ -61,7 +61,7 @@ def build_report(
     runs, notes = [read_run(path) for path in paths if path not in files], list[str]()
     by_run = [run_evals(run, index) for index, run in enumerate(runs)]
     evals = [*chain(*by_run), *(each for path in files for each in read_eval(path, notes=notes))]
-    clips = players([run.path for run in runs], notes=notes, known=known)
+    clips = players(footage_of(runs, evals), notes=notes, known=known)
     data = {
         "lang": lang,
         "texts": {name: read_texts(name) for name in LANGUAGES},

@@ -12,6 +12,7 @@ from typing import Any, cast
 from causalvae.report.records import Json, Run, number, read_json
 
 STEP_FILE = re.compile(r"step-([0-9]{8,})\.json")
+FILM_FILE = re.compile(r"clip[0-9]{6,}\.mp4")
 
 
 @dataclass
@@ -19,6 +20,7 @@ class Eval:
     """One evaluation. metrics: by name, with mean, low, high, clips, unit, better as far as known.
 
     clips: worst first. curves: by name, with x, y, unit and x_label. run: place among the runs, if of one.
+    films: of clips that have one, by the clip's name, worst first.
     """
 
     label: str
@@ -33,6 +35,7 @@ class Eval:
     unreadable: list[Json] = field(default_factory=list)
     settings: Json = field(default_factory=dict)
     facts: Json = field(default_factory=dict)
+    films: dict[str, Path] = field(default_factory=dict)
 
 
 def run_evals(run: Run, index: int) -> list[Eval]:
@@ -56,18 +59,33 @@ def read_eval(path: Path, *, notes: list[str], run: int | None = None, step: int
     sides = facts.get("weights")
     if isinstance(sides, dict):
         named = cast("dict[str, Any]", sides)
-        return [
+        found = [
             _one({**facts, **cast(Json, each)}, name, run=run, step=step)
             for name, each in named.items()
             if isinstance(each, dict)
         ]
+        for each in found:
+            each.films = _films(each, path)
+        return found
     weights = sides if isinstance(sides, str) else _set_name(facts)
     found = _one(facts, weights, run=run, step=step)
     found.label = _file_label(path, facts) if run is None else found.label
+    found.films = _films(found, path)
     if not found.metrics:
         notes.append(f"{path.name}: holds no metrics")
         return []
     return [found]
+
+
+def _films(found: Eval, path: Path) -> dict[str, Path]:
+    """Films beside the file, of names that an evaluation gives, and no links."""
+    folder = path.with_suffix(".films")
+    named = {clip["name"]: folder / clip["film"] for clip in found.clips if clip["film"]}
+    return {
+        name: film
+        for name, film in named.items()
+        if not folder.is_symlink() and film.is_file() and not film.is_symlink()
+    }
 
 
 def _set_name(facts: Json) -> str | None:
@@ -112,7 +130,9 @@ def _clip(record: Json) -> Json:
     if not metrics:
         metrics = {"psnr": number(record.get("psnr"))}
     curve = [number(value) for value in _list(record.get("psnr_by_frame"))]
+    film = record.get("film")
     return {
+        "film": film if isinstance(film, str) and FILM_FILE.fullmatch(film) else "",
         "name": str(record.get("id", record.get("video", "?"))),
         "metrics": {name: value for name, value in metrics.items() if value is not None},
         "psnr_by_frame": curve if curve and None not in curve else [],

@@ -1,7 +1,7 @@
 """Films of a page: original and reconstructions of the same clips over the steps, small enough to embed.
 
 A film becomes one picture with all of its frames, a sprite, so that the page can show any frame exactly.
-Only films are read that lie in the run's `samples` folder and have the names that a training gives.
+Only films are read that lie where trainings and evaluations write them, and have the names that these give.
 """
 
 import base64
@@ -10,6 +10,7 @@ import re
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from av.error import FFmpegError
 from av.video.reformatter import Interpolation
 
 from causalvae.flags import printable
+from causalvae.report.evals import Eval
+from causalvae.report.records import Run
 
 NAME = re.compile(r"step-([0-9]{8,})-clip([0-9]{1,4})\.mp4")
 PEAK = 255.0
@@ -27,7 +30,7 @@ ACCURATE = (
 )  # as clips are read
 MAX_FRAMES = 65  # of a film, from its first
 MAX_PIXELS = 1 << 26  # of a film; a damaged header must not ask for all of the memory
-MAX_CLIPS = 8  # of a run
+MAX_CLIPS = 8  # of a run's samples, and as many of its held-out clips
 MAX_VERSIONS = 8  # steps at which a clip is shown: first, last, and evenly between
 MAX_SIDE = 384  # pixels of a frame on the page
 PIXELS = 18_000_000  # of all sprites of a page; about 5 MB
@@ -52,12 +55,26 @@ class Film:
     size: tuple[int, int]  # height and width of a frame on the page
 
 
+@dataclass(frozen=True, kw_only=True)
+class Footage:
+    """One clip and its films by step. run: place among the runs, None for an evaluation that is of none.
+
+    name: the clip's own, empty for a clip of the training, which has a number. of: the evaluation's name.
+    """
+
+    run: int | None
+    number: int
+    films: Mapping[int, Path]
+    name: str = ""
+    of: str = ""
+
+
 def players(
-    runs: Sequence[Path], *, notes: list[str], known: Sprites | None = None, num_bytes: int = BYTES
+    footage: Sequence[Footage], *, notes: list[str], known: Sprites | None = None, num_bytes: int = BYTES
 ) -> list[Clip]:
-    """The clips of all runs, worst first. known: read and filled. num_bytes: the most for all sprites."""
+    """The clips, worst first. known: read and filled. num_bytes: the most for all sprites."""
     cache = {} if known is None else known
-    found = [(index, clip, _chosen(steps)) for index, run in enumerate(runs) for clip, steps in films(run)]
+    found = [(each, _chosen(each.films)) for each in footage]
     scale = 1.0
     clips = _encode(found, scale=scale, notes=notes, known=cache)
     while (size := sprite_bytes(clips)) > num_bytes and scale > SMALLEST:  # noise needs more than films do
@@ -66,14 +83,35 @@ def players(
     return sorted(clips, key=_badness)
 
 
-def films(run: Path) -> list[tuple[int, dict[int, Path]]]:
-    """Clips of a run, each with its films by step."""
+def footage_of(runs: Sequence[Run], evals: Sequence[Eval]) -> list[Footage]:
+    """All clips that there are films of: of trainings and of evaluations."""
+    own = (samples(run.path, index) for index, run in enumerate(runs))
+    return [*chain.from_iterable(own), *held_out(evals)]
+
+
+def samples(run: Path, index: int) -> list[Footage]:
+    """Clips of a run's own pictures. index: its place among the runs."""
     folder = run / "samples"
     found: dict[int, dict[int, Path]] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if (match := NAME.fullmatch(path.name)) and stat.S_ISREG(path.lstat().st_mode):
             found.setdefault(int(match[2]), {})[int(match[1])] = path
-    return sorted(found.items())[:MAX_CLIPS]
+    chosen = sorted(found.items())[:MAX_CLIPS]
+    return [Footage(run=index, number=number, films=steps) for number, steps in chosen]
+
+
+def held_out(evals: Sequence[Eval]) -> list[Footage]:
+    """The worst clips of the last evaluation of each run and file, with the films of earlier steps."""
+    filmed = [each for each in evals if each.films]
+    last = {(each.run, each.label if each.run is None else ""): each for each in filmed}
+    found: list[Footage] = []
+    for (run, _), newest in last.items():
+        before = [each for each in filmed if run is not None and each.run == run]
+        for number, name in enumerate(list(newest.films)[:MAX_CLIPS]):
+            steps = {each.step or 0: each.films[name] for each in (*before, newest) if name in each.films}
+            of = newest.label if run is None else ""
+            found.append(Footage(run=run, number=number, films=steps, name=name, of=of))
+    return found
 
 
 def _chosen(steps: Mapping[int, Path]) -> dict[int, Path]:
@@ -83,12 +121,12 @@ def _chosen(steps: Mapping[int, Path]) -> dict[int, Path]:
 
 
 def _encode(
-    found: Sequence[tuple[int, int, dict[int, Path]]], *, scale: float, notes: list[str], known: Sprites
+    found: Sequence[tuple[Footage, dict[int, Path]]], *, scale: float, notes: list[str], known: Sprites
 ) -> list[Clip]:
     """Every chosen film as sprites. The original is that of the clip's last film."""
-    sprites = sum(len(steps) + 1 for _, _, steps in found)
+    sprites = sum(len(steps) + 1 for _, steps in found)
     clips: list[Clip] = []
-    for run, number, steps in found:
+    for footage, steps in found:
         read: dict[int, Film] = {}
         for step, path in sorted(steps.items(), reverse=True):
             newest = not read  # its original is shown for all
@@ -104,11 +142,11 @@ def _encode(
                 note = f"{printable(path.name)}: can't be shown: {printable(str(error))}"
                 notes += [] if note in notes else [note]
         if read:
-            clips.append(_clip(run, number, read))
+            clips.append(_clip(footage, read))
     return clips
 
 
-def _clip(run: int, number: int, read: Mapping[int, Film]) -> Clip:
+def _clip(footage: Footage, read: Mapping[int, Film]) -> Clip:
     """What the page needs of one clip. Films of another shape than the last one are left out."""
     last = read[max(read)]
     frames = len(last.psnr)
@@ -118,8 +156,10 @@ def _clip(run: int, number: int, read: Mapping[int, Film]) -> Clip:
         if film.size == last.size and len(film.psnr) == frames
     ]
     return {
-        "run": run,
-        "clip": number,
+        "run": footage.run,
+        "clip": footage.number,
+        "name": printable(footage.name),
+        "of": printable(footage.of),
         "height": last.size[0],
         "width": last.size[1],
         "frames": frames,

@@ -4,6 +4,7 @@ Clips, numbers and sums are those of `causalvae eval`, for the averaged and the 
 """
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -17,30 +18,37 @@ from causalvae.metrics import METRICS
 from causalvae.models.build import Model
 from causalvae.scores import FORMAT, score, summary
 from causalvae.train.samples import reconstruct
+from causalvae.worst import MOST, Worst, with_films, write_films
 
 MAX_CLIPS = 256  # the first videos of the source, one clip each
 MEASURED = ("psnr", "mse", "ssim_gaussian11", "first_frame_gain", "psnr_of_changes")  # the rest takes longer
 
 
 def evaluate_held_out(
-    vae: Model, source: ClipSource, plan: ClipPlan, *, ema: Mapping[str, Tensor]
+    vae: Model, source: ClipSource, plan: ClipPlan, *, ema: Mapping[str, Tensor], films: Path
 ) -> dict[str, Any]:  # Any: JSON
     """Metrics of the reconstruction by the posterior's mode, with the model's weights and with averaged ones.
 
-    A clip is the first frames of a video, cropped at the centre. ema: averaged parameters, or none. Videos
-    that are too short or can't be read are listed and left out. ConfigError if there is no other.
+    A clip is the first frames of a video, cropped at the centre. ema: averaged parameters, or none. films:
+    the folder for films of the worst clips, by the averaged weights if there are any. Videos that are too
+    short or can't be read are listed and left out. ConfigError if there is no other.
     """
     rule = _rule(plan)
     metrics = {name: METRICS[name] for name in MEASURED}
     sides: dict[str, Mapping[str, Tensor]] = {**({"ema": ema} if ema else {}), "live": {}}
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}  # Any: as above
     unreadable: list[dict[str, str]] = []
+    shown, worst = next(iter(sides)), Worst(MOST)
     for video, clip in _clips(source, rule, unreadable):
         for name, weights in sides.items():
-            numbers = score(clip, reconstruct(vae, clip, weights=weights), metrics=metrics)
+            recon = reconstruct(vae, clip, weights=weights)
+            numbers = score(clip, recon, metrics=metrics)
+            if name == shown:
+                worst.offer(len(records[name]), numbers, clip=clip, recon=recon)
             records[name].append({"id": f"{video.id}#0", "video": video.id, "start": 0, **numbers})
     if not records["live"]:
         raise _nothing(source, unreadable)
+    records[shown] = with_films(records[shown], write_films(films, worst.films()))
     found = {name: {**summary(each, metrics=metrics), "clips": each} for name, each in records.items()}
     return {"format": FORMAT, "settings": rule.settings(), "weights": found, "unreadable": unreadable}
 

@@ -38,6 +38,7 @@ from causalvae.train.stability import MAX_ROLLBACKS, rollback_step
 from causalvae.train.state import TrainState
 from causalvae.train.step import Clipping, StepResult, train_step
 from causalvae.video import to_model
+from causalvae.worst import film_folder
 
 MAX_SKIPPED = 20  # steps in a row that were not finite, after which a run stops
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory")  # words of torch's RuntimeError
@@ -103,21 +104,23 @@ def record(run: RunDir, log: RunLog, facts: Mapping[str, Any]) -> None:
     run.write_json("run.json", {**facts, "warnings": log.warnings})
 
 
-def report_held_out(run: RunDir, log: RunLog, *, step: int, result: Mapping[str, Any]) -> None:
-    """Write an evaluation into eval/ and tell its PSNR."""
-    (run.path / "eval").mkdir(exist_ok=True)
-    run.write_json(f"eval/step-{step:08d}.json", {"step": step, **result})
+def evaluate_now(run: RunDir, log: RunLog, *, state: TrainState, videos: ClipSource, plan: ClipPlan) -> None:
+    """Write an evaluation of the weights as they are into eval/ and tell its PSNR."""
+    step, place = state.step, run.path / "eval"
+    place.mkdir(exist_ok=True)
+    name = f"step-{step:08d}.json"
+    result = evaluate_held_out(state.vae, videos, plan, ema=state.ema, films=film_folder(place / name))
+    run.write_json(f"eval/{name}", {"step": step, **result})
     for each in result["unreadable"]:
         log.warn(f"evaluation leaves out {each['video']}: {each['reason']}")
     log.say(f"step {step}: {in_words(result)}")
 
 
 def _evaluate(training: Training) -> None:
-    state, held_out = training.state, training.held_out
-    assert held_out is not None, "the table refuses eval_steps without eval_video_path"
+    videos = training.held_out
+    assert videos is not None, "the table refuses eval_steps without eval_video_path"
     with uncompiled():
-        result = evaluate_held_out(state.vae, held_out, training.plan, ema=state.ema)
-    report_held_out(training.run, training.log, step=state.step, result=result)
+        evaluate_now(training.run, training.log, state=training.state, videos=videos, plan=training.plan)
 
 
 def _attempt(training: Training, clips: Clips) -> StepResult:

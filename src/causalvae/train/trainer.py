@@ -26,8 +26,8 @@ from causalvae.machine import pick_device
 from causalvae.perceptual import Perceptual
 from causalvae.rundir import Checkpoint, RunDir, run_path
 from causalvae.train.compiling import JitLevel, compile_blocks
-from causalvae.train.heldout import check_held_out, evaluate_held_out
-from causalvae.train.loop import Training, record, repeat_step, report_held_out, train_until_done
+from causalvae.train.heldout import check_held_out
+from causalvae.train.loop import Training, evaluate_now, record, repeat_step, train_until_done
 from causalvae.train.networks import Built, build_state
 from causalvae.train.parts import (
     check_start,
@@ -115,10 +115,8 @@ def _work(asked: _Asked, run: RunDir, log: RunLog, *, start: Checkpoint | None) 
     settings, built = asked.settings, _built(asked, start=start)
     state = built.state
     if settings.mode == 2:
-        videos, plan = asked.held_out or asked.source, clip_plan(settings)
-        report_held_out(
-            run, log, step=state.step, result=evaluate_held_out(state.vae, videos, plan, ema=state.ema)
-        )
+        videos = asked.held_out or asked.source
+        evaluate_now(run, log, state=state, videos=videos, plan=clip_plan(settings))
         return state.step
     replay = replayed(settings)
     if replay is not None:

@@ -27,8 +27,8 @@ class Player {
   make() {
     const { clip } = this;
     const name = element("span", {});
-    name.append(word("clip"), ` ${clip.clip}`);
-    if (data.runs.length > 1) name.append(` · ${data.runs[clip.run].name}`);
+    if (clip.name) name.append(word("held_out"), ` ${clip.name}`); else name.append(word("clip"), ` ${clip.clip}`);
+    if (clip.of) name.append(` · ${clip.of}`); else if (data.runs.length > 1) name.append(` · ${data.runs[clip.run].name}`);
     this.score = element("span", { class: "score" });
     this.canvas = element("canvas", { role: "img", "data-t-label": "film.picture", "aria-label": text("film.picture") });
     this.left = word("original");
