@@ -17,8 +17,8 @@ from causalvae import __version__
 from causalvae.config import DemoSettings, NoSettings, TrainSettings, help_text, read_settings
 from causalvae.errors import CausalVAEError, ConfigError, exit_status
 from causalvae.evalflags import CompareSettings, EvalSettings
-from causalvae.flags import closest, flags_of, printable
-from causalvae.flagtext import default_text
+from causalvae.flags import closest, printable
+from causalvae.flagtext import default_texts
 from causalvae.models.presets import PARAMETERS, PRESETS
 from causalvae.reportflags import ReportSettings, WatchSettings, paths_of, split_words
 from causalvae.weightflags import ConvertSettings, ExportSettings, InitSettings, amount, with_places
@@ -141,7 +141,7 @@ def _report(argv: Sequence[str]) -> int:
     paths, out = paths_of(words, command="report"), Path(settings.out)
     from causalvae.report.build import write_report
 
-    report = write_report(paths, out=out, defaults=_defaults(), lang=settings.lang)
+    report = write_report(paths, out=out, defaults=default_texts(TrainSettings), lang=settings.lang)
     notes = "".join(f"warning: {note}\n" for note in report.notes)
     size = f"{len(report.page) / 1e6:.1f} MB"
     return _show(f"{notes}{printable(str(out))}: {report.runs} runs, {report.clips} clips, {size}\n")
@@ -155,17 +155,12 @@ def _watch(argv: Sequence[str]) -> int:
 
     return watch(
         paths,
-        defaults=_defaults(),
+        defaults=default_texts(TrainSettings),
         lang=settings.lang,
         every=settings.every,
         port=settings.port,
         say=lambda text: print(text, end="", flush=True),
     )
-
-
-def _defaults() -> dict[str, str]:
-    """Of every flag of the training command, as text."""
-    return {name: default_text(flag) for name, flag in flags_of(TrainSettings).items()}
 
 
 def _models(argv: Sequence[str]) -> int:
@@ -243,7 +238,8 @@ COMMANDS = {
         _demo,
         DemoSettings,
         "Train a tiny model on the clips that come with the package",
-        "It shows what the model has learned, in about two minutes on two CPU cores.",
+        "It evaluates the model on a clip that it never saw and writes the report: the whole job, in about two "
+        "minutes on two CPU cores.",
     ),
     "eval": Command(
         _eval,

@@ -16,9 +16,11 @@ from causalvae.data.clips import ClipPlan, center_clip
 from causalvae.data.encode import contact_sheet, side_by_side, write_png, write_video
 from causalvae.data.sources import open_source
 from causalvae.flags import Given, Resolution
+from causalvae.flagtext import default_texts
 from causalvae.metrics import psnr
 from causalvae.models.build import Model, build
 from causalvae.models.presets import PRESETS
+from causalvae.report.build import has_extra, write_report
 from causalvae.train.samples import reconstruct
 from causalvae.train.trainer import train
 from causalvae.weights.tensorfiles import read_safetensors
@@ -45,6 +47,8 @@ SETTINGS: dict[str, Any] = {  # Any: values of any flag
     "disc_type": "none",
     "perceptual": "none",
     "dataloader_num_workers": 1,
+    "eval_steps": 20,
+    "eval_video_path": "sample:heldout",
 }
 
 
@@ -78,9 +82,11 @@ def demo(*, output_dir: Path, seed: int = 0) -> DemoResult:
     )
     after = reconstruct(vae, clip, weights=averaged)
     _write_pictures(result.path, clip, before, after)
+    page = _write_page(result.path)
     score = psnr(clip, before), psnr(clip, after)
     seconds = time.monotonic() - started
-    return DemoResult(0, *score, _text(settings, result.path, vae, clip, score=score, seconds=seconds))
+    text = _text(settings, result.path, vae, clip, score=score, seconds=seconds, page=page)
+    return DemoResult(0, *score, text)
 
 
 def _held_out_clip(settings: TrainSettings) -> Tensor:
@@ -96,6 +102,15 @@ def _write_pictures(folder: Path, clip: Tensor, before: Tensor, after: Tensor) -
     write_png(folder / "held_out.png", sheet.repeat_interleave(2, dim=0).repeat_interleave(2, dim=1))
 
 
+def _write_page(run: Path) -> str:
+    """The report of the run; the line that tells of it, or how to get one."""
+    if not has_extra():
+        return f"`pip install 'causalvae[report]'` and `causalvae report {run}` make a page of all this"
+    page = run / "report.html"
+    write_report([run], out=page, defaults=default_texts(TrainSettings))
+    return f"{page}   all of this on one page: open it in a browser"
+
+
 def _text(
     settings: TrainSettings,
     run: Path,
@@ -104,6 +119,7 @@ def _text(
     *,
     score: tuple[float, float],
     seconds: float,
+    page: str,
 ) -> str:
     latent = vae.geometry.latent_shape(*clip.shape[1:])
     kept = clip.numel() / math.prod(latent)
@@ -119,6 +135,7 @@ Look at
   {run / "held_out.mp4"}   the clip and its reconstruction
   {run / "samples"}        clips of the training, over the steps
   {run / "metrics.jsonl"}  every number of every step
+  {page}
 Next: your own videos
   causalvae train --video_path FOLDER --batch_size 1 --max_steps 5000 --model small
 """

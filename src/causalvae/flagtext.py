@@ -38,6 +38,11 @@ def default_text(flag: Flag) -> str:
     return "required" if flag.required else to_text(flag, flag.default)
 
 
+def default_texts(table: "type[DataclassInstance]") -> dict[str, str]:
+    """The default of every flag, as written in a command."""
+    return {name: default_text(flag) for name, flag in flags_of(table).items()}
+
+
 def grouped(flags: Mapping[str, Flag]) -> dict[str, list[Flag]]:
     """The flags by group, in the order of the table."""
     groups: dict[str, list[Flag]] = {}

@@ -96,10 +96,15 @@ def write_report(
     return report
 
 
+def has_extra() -> bool:
+    """Whether what a page needs is installed."""
+    return all(importlib.util.find_spec(name) is not None for name in ("plotly", "jinja2"))
+
+
 def plotly_script(command: str) -> str:
     """The charts' library, from the package plotly, which is not imported. ConfigError if it is missing."""
     spec = importlib.util.find_spec("plotly")
-    if spec is None or spec.origin is None or importlib.util.find_spec("jinja2") is None:
+    if spec is None or spec.origin is None or not has_extra():
         raise ConfigError(EXTRA.format(command=command))
     text = (Path(spec.origin).parent / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
     assert "</script" not in text.lower()
