@@ -25,7 +25,9 @@ from runfolders import CLOSE, SCRIPT, write_eval, write_films, write_hostile_run
 
 import causalvae
 from causalvae.cli import main
+from causalvae.config import TrainSettings
 from causalvae.data.encode import write_video
+from causalvae.flagtext import default_texts
 from causalvae.metrics import psnr
 from causalvae.report import films
 from causalvae.report.build import build_report, json_in_html, read_texts
@@ -79,9 +81,7 @@ def test_a_run_of_the_command_has_all_it_left_on_its_page(trained: Path, tmp_pat
 
 
 def view(run: Path) -> dict:
-    from causalvae.cli import _defaults
-
-    return run_view(read_run(run), [], defaults=_defaults())
+    return run_view(read_run(run), [], defaults=default_texts(TrainSettings))
 
 
 def test_the_page_names_no_address_but_those_inside_the_chart_library(tmp_path: Path) -> None:

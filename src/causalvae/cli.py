@@ -238,8 +238,8 @@ COMMANDS = {
         _demo,
         DemoSettings,
         "Train a tiny model on the clips that come with the package",
-        "It evaluates the model on a clip that it never saw and writes the report: the whole job, in about two "
-        "minutes on two CPU cores.",
+        "It evaluates the model on a clip that it never saw and writes the report: the whole job in about "
+        "two minutes on two CPU cores.",
     ),
     "eval": Command(
         _eval,
