@@ -136,7 +136,7 @@ def _one(
     measuring = measure(job, batch_size=work.batch_size, workers=work.workers, advance=advance, worst=worst)
     notes = [*subject.notes, *measuring]
     found = summed(job)
-    if work.films:
+    if work.films and subject.vae is not None:
         names = write_films(film_folder(place), films_of_worst(job, found["clips"], worst))
         found["clips"] = with_films(found["clips"], names)
     result = _result(job, found)
