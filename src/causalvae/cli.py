@@ -111,7 +111,7 @@ def _demo(argv: Sequence[str]) -> int:
     _wait_without_spinning()
     from causalvae.demo import demo
 
-    result = demo(output_dir=Path(settings.output_dir), seed=settings.seed)
+    result = demo(output_dir=Path(settings.output_dir), seed=settings.seed, max_steps=settings.max_steps)
     _show(result.text)
     return result.status
 

@@ -219,6 +219,9 @@ class DemoSettings:
 
     output_dir: str = setting("results/demo", BASICS, help="the folder that the demo writes")
     seed: int = setting(0, BASICS, limits=AT_LEAST_0, help="the same seed gives the same demo")
+    max_steps: int = setting(
+        80, BASICS, limits=AT_LEAST_1, help="steps of training; with ten times as many it does better"
+    )
 
 
 @dataclass(frozen=True)

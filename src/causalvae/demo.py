@@ -36,11 +36,9 @@ SETTINGS: dict[str, Any] = {  # Any: values of any flag
     "batch_size": 4,
     "video_num_frames": 9,
     "resolution": Resolution(96, 96),
-    "max_steps": 80,
     "save_steps": 40,
     "start_learning_rate": 8e-4,
     "lr_scheduler": "cosine",
-    "lr_warmup_steps": 10,
     "clip_grad": True,
     "ema_decay": 0.98,
     "loss_type": "l2",
@@ -65,10 +63,11 @@ class DemoResult:
     text: str
 
 
-def demo(*, output_dir: Path, seed: int = 0) -> DemoResult:
+def demo(*, output_dir: Path, seed: int = 0, max_steps: int = 80) -> DemoResult:
     """Train, compare before and after on the held-back clip, and write pictures of it."""
     started = time.monotonic()
-    chosen = SETTINGS | {"output_dir": str(output_dir), "seed": seed}
+    length = {"max_steps": max_steps, "lr_warmup_steps": min(10, max_steps // 2)}
+    chosen = SETTINGS | length | {"output_dir": str(output_dir), "seed": seed}
     settings = TrainSettings(**chosen)
     given = {name: Given(value, "causalvae demo") for name, value in chosen.items()}
     result = train(settings, given=given, command=("causalvae", "demo"))
