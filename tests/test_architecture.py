@@ -36,7 +36,7 @@ weights.inflate
 losses  perceptual
 train.optim  train.convolutions  train.precision
 fidelity  temporal  artefacts  moments  latents  frechet  compute  metrics  scores  worst
-infer
+coding  infer
 evalset  subjects  evalwork  probes  evaluate  compare  evalcommands  export  programs
 train.stability  train.compiling  train.debug
 train.parallel  train.signals  train.samples  train.heldout

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from causalvae.geometry import Geometry
 from causalvae.models.presets import ModelConfig
-from causalvae.models.stream import Stream
+from causalvae.models.stream import ClipStream, Stream
 from causalvae.video import at_least_fp32
 
 LOGVAR_RANGE = (-30.0, 20.0)  # as the published weights were trained
@@ -88,6 +88,10 @@ class VideoVAE(Protocol):
 
     def forward(self, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Posterior]:
         """Reconstruction and posterior. noise: standard normal in the latent's shape; None takes the mode."""
+        ...
+
+    def stream(self) -> ClipStream:
+        """A clip in pieces of any length. ConfigError if the model can't, with the reason."""
         ...
 
     def set_recompute(self, *, on: bool) -> None:

@@ -31,7 +31,7 @@ from causalvae.models.layers import (
 )
 from causalvae.models.presets import CausalVAEConfig
 from causalvae.models.resampling import CausalDownsample, CausalUpsample, TimePool, TimeStretch
-from causalvae.models.stream import Stream
+from causalvae.models.stream import ClipStream, Stream
 
 
 class Level(nn.Module):
@@ -243,6 +243,10 @@ class CausalVAE(nn.Module):
         """
         posterior = self.encode(x)
         return self.decode(posterior.latent(noise)), posterior
+
+    def stream(self) -> ClipStream:
+        """A clip in pieces. ConfigError if the model can't, with the reason."""
+        return ClipStream(self, why_not=self.why_not_streamable)
 
     def set_recompute(self, *, on: bool) -> None:
         """Keep the input of each block, or of a few layers, in training, and run them again in backward.

@@ -23,7 +23,7 @@ from causalvae import rng
 from causalvae.errors import ConfigError, WeightsError
 from causalvae.models.base import Posterior
 from causalvae.models.presets import DIFFUSERS_GEOMETRY, DiffusersConfig
-from causalvae.models.stream import Stream
+from causalvae.models.stream import ClipStream, Stream
 
 NO_STREAM = "diffusers' code takes a clip as a whole, and its models are run by it"
 LAST_LAYERS = {
@@ -112,6 +112,10 @@ class DiffusersVAE(nn.Module):
         """
         posterior = self.encode(x)
         return self.decode(posterior.latent(noise)), posterior
+
+    def stream(self) -> ClipStream:
+        """ConfigError: no model of diffusers streams."""
+        return ClipStream(self, why_not=self.why_not_streamable)
 
     def set_recompute(self, *, on: bool) -> None:
         """Run blocks again in backward in the place of keeping what is inside; Wan's, chunks of a clip.

@@ -4,8 +4,9 @@ A causal layer called with `stream=None` sees the whole clip. With a `Stream` it
 past from it and leaves what the next chunk needs, so that any plan of chunks gives what the whole clip gives.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from causalvae.errors import ConfigError
 
 if TYPE_CHECKING:
-    from causalvae.models.base import Posterior, VideoVAE
+    from causalvae.geometry import Geometry
+    from causalvae.models.base import Posterior
 
 
 class Stream:
@@ -25,6 +27,7 @@ class Stream:
     def __init__(self) -> None:
         self.last = False
         self._kept: dict[nn.Module, Tensor] = {}
+        self._parts: dict[Hashable, Stream] = {}
 
     def take(self, owner: nn.Module) -> Tensor | None:
         """What this module kept from the chunk before, or None in the first chunk."""
@@ -33,6 +36,12 @@ class Stream:
     def keep(self, owner: nn.Module, frames: Tensor) -> None:
         """Leave frames for the next chunk. Cloned, because a view would keep the whole chunk alive."""
         self._kept[owner] = frames.clone()
+
+    def part(self, name: Hashable) -> "Stream":
+        """The stream of a part of the frame that goes through the same modules by itself, such as a tile."""
+        part = self._parts.setdefault(name, Stream())
+        part.last = self.last
+        return part
 
 
 def causal_window(owner: nn.Module, x: Tensor, *, kernel: int, stride: int, stream: Stream | None) -> Tensor:
@@ -53,6 +62,49 @@ def causal_window(owner: nn.Module, x: Tensor, *, kernel: int, stride: int, stre
     return window
 
 
+class Streamable(Protocol):
+    """What a stream needs of a model, or of a way to run one."""
+
+    geometry: "Geometry"
+
+    def encode(self, x: Tensor, stream: Stream | None = None) -> "Posterior":
+        """x: b 3 t h w -> posterior of b c k h w."""
+        ...
+
+    def decode(self, z: Tensor, stream: Stream | None = None) -> Tensor:
+        """z: b c k h w -> b 3 t h w."""
+        ...
+
+
+class ClipStream:
+    """One clip through a model in pieces of any length: what `vae.stream()` gives.
+
+    Encoding and decoding are two passes that know nothing of each other. ConfigError for a model that can't
+    stream, with the reason, and for a piece after the end.
+    """
+
+    def __init__(self, vae: Streamable, *, why_not: str) -> None:
+        if why_not:
+            raise ConfigError(f"this model can't stream: {why_not}")
+        self._frames, self._latents = EncodeStream(vae), DecodeStream(vae)
+
+    def encode(self, x: Tensor) -> "Posterior | None":
+        """x: b 3 t h w in [-1, 1], any t >= 1: the posterior of the latent frames that are complete, if any."""
+        return self._frames.push(x)
+
+    def finish_encoding(self) -> "Posterior | None":
+        """The posterior of the frames still waiting, the last one repeated; None if none wait."""
+        return self._frames.close()
+
+    def decode(self, z: Tensor) -> Tensor | None:
+        """z: b c k h w, any k >= 1: the frames that are certain, b 3 t h w, if any."""
+        return self._latents.push(z)
+
+    def finish_decoding(self) -> Tensor | None:
+        """The frames that were held back; None if nothing was decoded."""
+        return self._latents.close()
+
+
 @dataclass
 class EncodeStream:
     """Frames in, in pieces of any length; posteriors of the latent frames that they complete out.
@@ -60,7 +112,7 @@ class EncodeStream:
     Nothing is computed twice. The first chunk that reaches the model has 1 + 4a frames, later ones 4a.
     """
 
-    vae: "VideoVAE"
+    vae: Streamable
     _stream: Stream = field(default_factory=Stream)
     _waiting: list[Tensor] = field(default_factory=list)
     _started: bool = False
@@ -96,7 +148,8 @@ class EncodeStream:
         if frames == 0:
             return None
         joined = torch.cat(self._waiting, dim=2)
-        self._waiting = [joined[:, :, frames:]] if joined.shape[2] > frames else []
+        # Cloned: a view would keep the whole chunk alive.
+        self._waiting = [joined[:, :, frames:].clone()] if joined.shape[2] > frames else []
         self._started = True
         return self.vae.encode(joined[:, :, :frames], self._stream)
 
@@ -112,7 +165,7 @@ class DecodeStream:
     One latent frame is held back, because a layer that looks ahead has to know which chunk is the last.
     """
 
-    vae: "VideoVAE"
+    vae: Streamable
     _stream: Stream = field(default_factory=Stream)
     _waiting: Tensor | None = None
     _closed: bool = False
@@ -122,7 +175,7 @@ class DecodeStream:
         """z: b c k h w, any k >= 1. The frames that are certain, b 3 t h w, or None."""
         self._refuse_if_closed()
         joined = z if self._waiting is None else torch.cat([self._waiting, z], dim=2)
-        self._waiting = joined[:, :, -1:]
+        self._waiting = joined[:, :, -1:].clone()
         if joined.shape[2] == 1:
             return None
         return self.vae.decode(joined[:, :, :-1], self._stream)

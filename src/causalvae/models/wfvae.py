@@ -23,7 +23,7 @@ from causalvae.models.layers import (
 )
 from causalvae.models.presets import WFVAEConfig
 from causalvae.models.resampling import CausalDownsample, CausalUpsample, FrameUpsample
-from causalvae.models.stream import Stream
+from causalvae.models.stream import ClipStream, Stream
 from causalvae.models.wavelet import Haar, InverseHaar
 
 COLOURS = 3
@@ -192,6 +192,10 @@ class WFVAE(nn.Module):
         """
         posterior = self.encode(x)
         return self.decode(posterior.latent(noise)), posterior
+
+    def stream(self) -> ClipStream:
+        """A clip in pieces. ConfigError if the model can't, with the reason."""
+        return ClipStream(self, why_not=self.why_not_streamable)
 
     def set_recompute(self, *, on: bool) -> None:
         """Keep the input of each block, or of a few layers, in training, and run them again in backward.
