@@ -24,7 +24,8 @@ files  locks  fetch  rundir  machine
 report.records  report.evals  report.charts  report.films  report.views  report.build  report.watch
 {TORCH_FROM_HERE}
 rng  video
-models.convolution  models.stream  models.norms  models.interpolation  models.fused  models.layers
+models.meta  models.convolution  models.stream  models.norms  models.interpolation  models.fused
+models.layers
 models.resampling  models.chains  models.wavelet  models.base  models.causalvae  models.wfvae
 models.start  models.diffusers  models.build
 critics.lpips  critics.efficientnet  critics.patchgan  critics.regularisers  critics.i3d

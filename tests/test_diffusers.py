@@ -16,9 +16,10 @@ from causalvae.errors import ConfigError
 from causalvae.geometry import Geometry
 from causalvae.losses import LossPlan, build_critic
 from causalvae.models.diffusers import DiffusersVAE, build_diffusers, ignored_settings
+from causalvae.models.meta import LiveBytes
 from causalvae.models.stream import Stream
 from causalvae.train.optim import build_optimizer
-from causalvae.train.predict import LiveBytes, blueprint
+from causalvae.train.predict import blueprint
 from causalvae.train.state import TrainState
 from causalvae.train.step import StepResult, train_step
 from causalvae.video import crop_frames, pad_frames

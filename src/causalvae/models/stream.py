@@ -89,7 +89,7 @@ class ClipStream:
         self._frames, self._latents = EncodeStream(vae), DecodeStream(vae)
 
     def encode(self, x: Tensor) -> "Posterior | None":
-        """x: b 3 t h w in [-1, 1], any t >= 1: the posterior of the latent frames that are complete, if any."""
+        """x: b 3 t h w in [-1, 1], any t >= 1. The posterior of what is complete, or None."""
         return self._frames.push(x)
 
     def finish_encoding(self) -> "Posterior | None":

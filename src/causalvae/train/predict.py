@@ -6,19 +6,17 @@ backward pass, the critic's turn and split batches are all in the figure, whatev
 """
 
 import copy
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from causalvae.losses import LossPlan
 from causalvae.models.build import Model
+from causalvae.models.meta import LiveBytes, meta_twin, on_meta, tensors_of
 from causalvae.train.optim import MasterWeights, OptimizerKind, named
 from causalvae.train.state import TrainState
 from causalvae.train.step import train_step
@@ -33,8 +31,6 @@ MOMENTS: dict[OptimizerKind, float] = {
 LIBRARIES = 120 * 2**20  # bytes: code that torch loads or makes at the first step, measured on a CPU
 
 PLAIN = LossPlan()
-
-Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -110,35 +106,20 @@ def blueprint(
     )
 
 
-def on_meta(network: Network) -> Network:
-    """The same network with weights that have shapes and no memory."""
-    return copy.deepcopy(network, {id(tensor): _meta(tensor) for tensor in _tensors(network)})
-
-
 def _twin(state: TrainState, *, moments: float) -> TrainState:
     """The same training on the meta device, with moments as after its first update."""
     networks = [network for network in (state.vae, state.critic) if network is not None]
     optimizers = [each for each in (state.optimizer, state.critic_optimizer) if each is not None]
     tensors = [*state.ema.values(), state.logvar, state.lecam]
-    tensors += [tensor for network in networks for tensor in _tensors(network)]
+    tensors += [tensor for network in networks for tensor in tensors_of(network)]
     tensors += [param for each in optimizers for _, param in named(each)]
-    known: dict[int, Any] = {id(tensor): _meta(tensor) for tensor in tensors}  # Any: what deepcopy has done
+    known: dict[int, Any] = {
+        id(tensor): meta_twin(tensor) for tensor in tensors
+    }  # Any: what deepcopy has done
     for each in optimizers:
         twins = [(name, known[id(param)]) for name, param in named(each)]
         known[id(each)] = _Moments(twins, moments=moments)
     return copy.deepcopy(state, known)
-
-
-def _tensors(network: nn.Module) -> list[Tensor]:
-    return [*network.parameters(), *network.buffers()]
-
-
-def _meta(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape, numbers and layout without memory; a parameter for a parameter."""
-    empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-    return (
-        nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    )
 
 
 class _Moments(Optimizer):
@@ -152,48 +133,3 @@ class _Moments(Optimizer):
 
     def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]: no closure, no loss
         """Nothing to do without numbers."""
-
-
-class LiveBytes(TorchDispatchMode):
-    """While it is entered, counts the bytes of tensors that are alive on the meta device, and their peak.
-
-    A storage counts once, however many views it has, from the operation that made it until nobody holds it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-        self.peak = 0
-        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-
-    # Any: whatever operators take and return
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run an operator and count what it made. Numbers that a step asks for are ones: all is finite."""
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return args[0].dtype == torch.bool or 1.0
-        result = func(*args, **(kwargs or {}))
-        self.hold(result)
-        return result
-
-    def hold(self, *found: Any) -> None:  # Any: trees of tensors
-        """Count every tensor in these trees that was not counted yet."""
-        for leaf in tree_leaves(found):
-            if isinstance(leaf, Tensor):
-                self.count(leaf)
-
-    def count(self, tensor: Tensor) -> None:
-        """Count a tensor until it is gone."""
-        storage = tensor.untyped_storage()
-        name, size = id(storage), storage.nbytes()
-        if tensor.device.type != "meta" or name in self._alive:
-            return
-
-        def gone(_: weakref.ref[torch.UntypedStorage]) -> None:
-            del self._alive[name]
-            self.bytes -= size
-
-        self._alive[name] = weakref.ref(storage, gone)
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
