@@ -26,8 +26,8 @@ report.records  report.evals  report.charts  report.films  report.views  report.
 rng  video
 models.meta  models.convolution  models.stream  models.norms  models.interpolation  models.fused
 models.layers
-models.resampling  models.chains  models.wavelet  models.base  models.causalvae  models.wfvae
-models.start  models.diffusers  models.build
+models.resampling  models.chains  models.wavelet  models.stages  models.base  models.causalvae
+models.wfvae  models.start  models.diffusers  models.build
 critics.lpips  critics.efficientnet  critics.patchgan  critics.regularisers  critics.i3d
 data.decode  data.shards  data.sources  data.transforms
 data.clips  data.workers  data.loader  data.encode  data.scan
@@ -37,7 +37,7 @@ weights.inflate
 losses  perceptual
 train.optim  train.convolutions  train.precision
 fidelity  temporal  artefacts  moments  latents  frechet  compute  metrics  scores  worst
-coding  infer
+tiles  windows  coding  infer
 evalset  subjects  evalwork  probes  evaluate  compare  evalcommands  export  programs
 train.stability  train.compiling  train.debug
 train.parallel  train.signals  train.samples  train.heldout

@@ -1,86 +1,81 @@
 """A model over videos of any length and any size, in constant memory.
 
 `plan_coding` decides once how videos of a size are cut; `encoder` and `decoder` then take one video in pieces
-of any length. A model that streams gives what the full pass gives.
+of any length. A model that streams gives what the full pass gives, and so do tiles of a model whose norms
+look at one position. Others are cut in windows and tiles that overlap and are blended, and the plan says so.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
+import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from causalvae.errors import ConfigError
+from causalvae.geometry import Geometry
+from causalvae.machine import amount
 from causalvae.models.base import Posterior
 from causalvae.models.build import Model
-from causalvae.models.stream import DecodeStream, EncodeStream
+from causalvae.models.diffusers import DiffusersVAE
+from causalvae.models.layers import FrameAttention
+from causalvae.models.meta import LiveBytes, on_meta, tensors_of
+from causalvae.models.stream import DecodeStream, EncodeStream, Streamable
+from causalvae.tiles import BlendedTiles, ExactTiles, SeamError, Size, Tally
+from causalvae.windows import Windows
 
-CHUNK = 16  # frames of a chunk where memory is no question
+CHUNKS = (4, 2, 1)  # latent frames of a chunk
+WINDOWS = (9, 5)  # latent frames of a window
+SHARED = 3  # latent frames that windows share, or a group more: their weights are 0, 1/3 and 2/3
+TILES = (1024, 512, 256, 128)  # pixels along an edge
+OVERLAP = 8  # a blended tile shares one part in eight of its edge
+PUSHES = 3  # of a stream, after which its memory no longer grows
+MUCH_WORK = 0.3  # work that tiles add, from which on it is told
+TileWish = Literal["auto", "off"] | Size
 
-Output = TypeVar("Output", covariant=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SeamError:
-    """How far neighbours disagree where they overlap, before they are blended."""
-
-    def facts(self) -> dict[str, Any]:  # Any: JSON
-        """For JSON."""
-        return {}
+Output = TypeVar("Output")
+Output_co = TypeVar("Output_co", covariant=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodingPlan:
     """How a video is cut.
 
-    chunk: frames of one push that keep memory in the budget. tile: height and width of a tile in pixels, None
-    for whole frames. exact: what comes out equals the full pass. notes: warnings for the user.
+    chunk: frames of one push that keep memory in the budget; the coders cut longer pieces. tile: height and
+    width of a tile in pixels, None for whole frames. overlap: of blended tiles, in pixels, None for exact
+    ones. window: frames of a window of a video that is not streamed, of which `shared` are those of its
+    neighbour. exact: what comes out equals the full pass. notes: warnings for the user. num_bytes: predicted
+    memory beside the weights, extra_work: work that tiles add, in parts of the whole; None if not asked for.
     """
 
     chunk: int
-    tile: tuple[int, int] | None
-    exact: bool
-    notes: tuple[str, ...]
+    tile: Size | None = None
+    overlap: Size | None = None
+    window: int | None = None
+    shared: int | None = None
+    notes: tuple[str, ...] = ()
+    num_bytes: int | None = None
+    extra_work: float | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether what comes out equals the full pass."""
+        return self.window is None and self.overlap is None
 
     def facts(self) -> dict[str, Any]:  # Any: JSON
-        """For JSON."""
-        return {"chunk": self.chunk, "tile": self.tile and list(self.tile), "exact": self.exact}
-
-
-class Coder(Protocol[Output]):
-    """One pass over one video, or over several of one size side by side."""
-
-    def push(self, piece: Tensor) -> Output | None:
-        """The next piece along t, of any length >= 1; what is certain by now, or None if nothing is."""
-        ...
-
-    def close(self) -> Output | None:
-        """What was still held back; None if nothing was."""
-        ...
-
-    @property
-    def seams(self) -> SeamError | None:
-        """Disagreement of overlapping neighbours so far; None where nothing overlaps."""
-        ...
-
-
-@dataclass
-class _Whole:
-    """Whole frames through a stream, which has no seams."""
-
-    stream: Any  # EncodeStream or DecodeStream
-
-    def push(self, piece: Tensor) -> Any:
-        """The next piece."""
-        return self.stream.push(piece)
-
-    def close(self) -> Any:
-        """The end."""
-        return self.stream.close()
-
-    @property
-    def seams(self) -> SeamError | None:
-        """None."""
-        return None
+        """For JSON: what is not there is left out."""
+        named = {
+            "chunk": self.chunk,
+            "tile": self.tile,
+            "tile_overlap": self.overlap,
+            "window": self.window,
+            "window_overlap": self.shared,
+            "predicted_bytes": self.num_bytes,
+            "extra_work": self.extra_work,
+        }
+        there = {name: value for name, value in named.items() if value is not None}
+        return {"exact": self.exact, **there, "notes": list(self.notes)}
 
 
 def plan_coding(
@@ -88,31 +83,303 @@ def plan_coding(
     *,
     height: int,
     width: int,
-    tile: Literal["auto", "off"] | tuple[int, int],
+    tile: TileWish,
     budget: int | None,
     chunk: int | None = None,
 ) -> CodingPlan:
     """How videos of this size are cut, for encoding and for decoding.
 
-    height, width: in pixels, multiples of the spatial factor. budget: bytes that may be taken beside the
-    weights, None for no limit. chunk: frames of a chunk, None to choose.
+    height, width: in pixels, multiples of the spatial factor. tile: auto as the budget asks for, off, or a
+    size in pixels. budget: bytes that may be taken beside the weights, None for no limit. chunk: frames of a
+    chunk, or of a window; None to choose.
+    The first plan that fits, from the fastest to the smallest; if none does, the smallest, with a note.
+    ConfigError for sizes that can't be.
     """
-    del height, width, tile, budget
-    if vae.why_not_streamable:
-        raise ConfigError(f"this model can't stream: {vae.why_not_streamable}")
-    return CodingPlan(chunk=chunk or CHUNK, tile=None, exact=True, notes=())
+    size = (height, width)
+    _check(vae.geometry, size=size, tile=tile, chunk=chunk)
+    plans = list(_plans(vae, size=size, tile=tile, chunk=chunk))
+    if budget is None and plans[0].tile is None:
+        return replace(plans[0], notes=_notes(vae, plans[0]))
+    twin = on_meta(vae)
+    tried: list[CodingPlan] = []
+    for plan in plans:
+        num_bytes, work = cost(twin, plan, size=size)
+        extra = None
+        if plan.tile is not None:
+            extra = work / cost(twin, replace(plan, tile=None, overlap=None), size=size)[1] - 1
+        tried.append(replace(plan, num_bytes=num_bytes, extra_work=extra))
+        if budget is None or num_bytes <= budget:
+            break
+    best = min(tried, key=lambda plan: (budget is None or (plan.num_bytes or 0) > budget, plan.num_bytes))
+    notes = (*_notes(vae, best), *_memory_notes(vae, best, tried=tried, size=size, budget=budget))
+    return replace(best, notes=notes)
+
+
+def cost(twin: Model, plan: CodingPlan, *, size: Size) -> tuple[int, int]:
+    """Memory in bytes beside the weights, and operations, that a few chunks or two windows take.
+
+    twin: the model on the meta device. The larger memory of encoding and decoding, the work of both.
+    """
+    geometry, peaks, work = twin.geometry, [], 0
+    latents = max(1, plan.chunk // geometry.temporal)
+    pushes = PUSHES if plan.window is None else 2 + geometry.latent_frames(plan.window) // latents
+    ways = ((encoder, 3, plan.chunk, size), (decoder, geometry.channels, latents, _latent(geometry, size)))
+    for coder_of, channels, length, sides in ways:
+        with LiveBytes() as live, FlopCounterMode(display=False) as flops, torch.device("meta"):
+            live.hold(*tensors_of(twin))
+            weights, coder = live.bytes, coder_of(twin, plan)
+            for _ in range(pushes):
+                coder.push(torch.empty(1, channels, length, *sides))
+            coder.close()
+        peaks.append(live.peak - weights)
+        work += flops.get_total_flops()
+    return max(peaks), work
+
+
+def _plans(vae: Model, *, size: Size, tile: TileWish, chunk: int | None) -> Iterator[CodingPlan]:
+    """Plans from the fastest to the smallest."""
+    tiles = _tiles(vae.geometry, size=size, tile=tile)
+    blended = bool(vae.why_tiles_blend)
+    for each in tiles if vae.streamable else ():
+        for frames in _chunks(vae.geometry, chunk, tiled=each is not None):
+            yield CodingPlan(chunk=frames, tile=each, overlap=_overlap(vae.geometry, each, blended=blended))
+    if vae.streamable and tile != "auto":
+        return
+    # What a stream remembers of every layer may be more than there is: windows remember nothing.
+    for each in tiles[1:] if vae.streamable else tiles:
+        for frames in _windows(vae.geometry, None if vae.streamable else chunk):
+            shared = _shared(vae.geometry)
+            yield CodingPlan(
+                chunk=frames - shared,
+                tile=each,
+                overlap=_overlap(vae.geometry, each, blended=True),
+                window=frames,
+                shared=shared,
+            )
+
+
+def _tiles(geometry: Geometry, *, size: Size, tile: TileWish) -> list[Size | None]:
+    """Sizes of tiles, the largest first; None for whole frames."""
+    if tile == "off":
+        return [None]
+    if tile != "auto":
+        within = (min(tile[0], size[0]), min(tile[1], size[1]))
+        return [None if within == size else within]
+    edges = [edge // geometry.spatial * geometry.spatial for edge in TILES]
+    smaller = [(min(edge, size[0]), min(edge, size[1])) for edge in edges if edge >= _smallest(geometry)]
+    return [None, *(each for each in smaller if each != size)]
+
+
+def _chunks(geometry: Geometry, chunk: int | None, *, tiled: bool) -> list[int]:
+    """Frames of a chunk, whole latent frames."""
+    if chunk is not None:
+        return [geometry.padded_frames(chunk + 1) - 1]
+    return [latents * geometry.temporal for latents in (CHUNKS[-1:] if tiled else CHUNKS)]
+
+
+def _windows(geometry: Geometry, chunk: int | None) -> list[int]:
+    """Frames of a window: at least one group more than what two of them share."""
+    group = geometry.temporal * geometry.group
+    wanted = [chunk] if chunk is not None else [1 + geometry.temporal * (latents - 1) for latents in WINDOWS]
+    least = _shared(geometry) + group
+    return list(dict.fromkeys(max(least, 1 + (frames - 1) // group * group) for frames in wanted))
+
+
+def _shared(geometry: Geometry) -> int:
+    """Frames that two windows share."""
+    return geometry.padded_frames(1 + geometry.temporal * (SHARED - 1))
+
+
+def _overlap(geometry: Geometry, tile: Size | None, *, blended: bool) -> Size | None:
+    """Pixels that two tiles share; None for whole frames and exact tiles."""
+    if tile is None or not blended:
+        return None
+    least = 2 * geometry.spatial
+    height, width = (max(least, geometry.padded_size(edge // OVERLAP)) for edge in tile)
+    return height, width
+
+
+def _smallest(geometry: Geometry) -> int:
+    """Pixels along an edge of the smallest tile: twice what two of them share at least."""
+    return 4 * geometry.spatial
+
+
+def _latent(geometry: Geometry, size: Size) -> Size:
+    return size[0] // geometry.spatial, size[1] // geometry.spatial
+
+
+def _notes(vae: Model, plan: CodingPlan) -> tuple[str, ...]:
+    """What the user should know of a plan."""
+    notes: list[str] = []
+    if not vae.streamable:
+        notes.append(
+            f"this model can't stream: {vae.why_not_streamable}; videos of more than {plan.window} frames "
+            f"are cut in windows that share {plan.shared} frames and are blended"
+        )
+    if plan.tile is not None:
+        attends = any(isinstance(module, FrameAttention) for module in vae.modules())
+        if plan.overlap is not None and vae.why_tiles_blend:
+            notes.append(f"tiles of this model are blended, as {vae.why_tiles_blend}")
+        if attends and plan.overlap is not None:
+            notes.append("its attention sees one tile at a time, not the frame")
+        if attends and plan.overlap is None:
+            notes.append("its attention sees whole frames at the size of the latent: that part is not tiled")
+    if (plan.extra_work or 0.0) > MUCH_WORK:
+        notes.append(f"tiles of {_by(plan.tile)} add {100 * (plan.extra_work or 0):.0f} % of work")
+    return tuple(notes)
+
+
+def _memory_notes(
+    vae: Model, best: CodingPlan, *, tried: Iterable[CodingPlan], size: Size, budget: int | None
+) -> tuple[str, ...]:
+    """What the budget did to the plan."""
+    if budget is None or best.num_bytes is None:
+        return ()
+    notes: list[str] = []
+    exact = [plan.num_bytes for plan in tried if plan.window is None and plan.num_bytes is not None]
+    if vae.streamable and best.window is not None:
+        notes.append(
+            f"streaming {_by(size)} takes {amount(min(exact))} and may take {amount(budget)}: videos of more "
+            f"than {best.window} frames are cut in windows that share {best.shared} frames and are blended"
+        )
+    if best.num_bytes > budget:
+        notes.append(
+            f"coding {_by(size)} takes {amount(best.num_bytes)} even in the smallest pieces, and may take "
+            f"{amount(budget)}"
+        )
+    return tuple(notes)
+
+
+def _check(geometry: Geometry, *, size: Size, tile: TileWish, chunk: int | None) -> None:
+    """ConfigError for sizes that can't be."""
+    factor = geometry.spatial
+    if min(size) < 1 or any(side % factor for side in size):
+        raise ConfigError(f"frames of {_by(size)}: this model takes multiples of {factor}")
+    if chunk is not None and chunk < 1:
+        raise ConfigError(f"a chunk of {chunk} frames: at least one is needed")
+    if isinstance(tile, tuple) and (min(tile) < _smallest(geometry) or any(side % factor for side in tile)):
+        raise ConfigError(
+            f"tiles of {_by(tile)}: height and width must be multiples of {factor}, and at least "
+            f"{_smallest(geometry)}"
+        )
+
+
+def _by(size: Size | None) -> str:
+    return "x".join(map(str, size or ()))
+
+
+class Coder(Protocol[Output_co]):
+    """One pass over one video, or over several of one size side by side."""
+
+    def push(self, piece: Tensor) -> Output_co | None:
+        """The next piece along t, of any length >= 1; what is certain by now, or None if nothing is."""
+        ...
+
+    def close(self) -> Output_co | None:
+        """What was still held back; None if nothing was."""
+        ...
+
+    @property
+    def seams(self) -> SeamError | None:
+        """Disagreement of overlapping neighbours so far; None where nothing overlapped."""
+        ...
 
 
 def encoder(vae: Model, plan: CodingPlan) -> Coder[Posterior]:
-    """Takes b 3 t h w in [-1, 1], h and w multiples of the spatial factor; the last frame fills the last latent.
+    """Takes b 3 t h w in [-1, 1], h and w multiples of the spatial factor; gives posteriors.
 
-    Gives posteriors of the latent frames that are complete.
+    At the end the last frame is repeated to fill the latent frame.
     """
-    del plan
-    return _Whole(EncodeStream(vae))
+    tally, geometry = Tally(), vae.geometry
+    frames = _frames(vae, plan, tally)
+    if plan.window is None or plan.shared is None:
+        return _Pass(EncodeStream(frames), plan.chunk, _joined, tally, None, "latent")
+    certain = isinstance(vae, DiffusersVAE) and vae.certain
+
+    def run(x: Tensor) -> Tensor:
+        posterior = frames.encode(x)
+        return torch.cat([posterior.mean, posterior.logvar], dim=1)
+
+    windows = Windows(
+        run=run,
+        wrap=lambda moments: Posterior(
+            moments[:, : geometry.channels], moments[:, geometry.channels :], certain
+        ),
+        each_in=geometry.temporal,
+        each_out=1,
+        judged=geometry.channels,
+        latents=geometry.latent_frames(plan.window),
+        overlap=geometry.latent_frames(plan.shared),
+        group=geometry.group,
+    )
+    return _Pass(windows, plan.chunk, _joined, tally, windows.tally, "latent")
 
 
 def decoder(vae: Model, plan: CodingPlan) -> Coder[Tensor]:
     """Takes latents b c k h w; gives frames b 3 t h w, unclamped."""
-    del plan
-    return _Whole(DecodeStream(vae))
+    tally, geometry = Tally(), vae.geometry
+    frames = _frames(vae, plan, tally)
+    most = max(1, plan.chunk // geometry.temporal)
+    if plan.window is None or plan.shared is None:
+        return _Pass(DecodeStream(frames), most, _along_time, tally, None, "8-bit levels")
+    windows = Windows(
+        run=frames.decode,
+        wrap=lambda x: x,
+        each_in=1,
+        each_out=geometry.temporal,
+        judged=3,
+        latents=geometry.latent_frames(plan.window),
+        overlap=geometry.latent_frames(plan.shared),
+        group=geometry.group,
+    )
+    return _Pass(windows, most, _along_time, tally, windows.tally, "8-bit levels")
+
+
+class _Passage(Protocol[Output_co]):
+    def push(self, x: Tensor, /) -> Output_co | None: ...
+    def close(self) -> Output_co | None: ...
+
+
+@dataclass
+class _Pass(Generic[Output]):
+    """A stream or windows, in pieces of at most so many frames, or latent frames."""
+
+    passage: _Passage[Output]
+    most: int
+    join: Callable[[list[Output]], Output]
+    space: Tally
+    time: Tally | None
+    unit: Any  # of SeamError
+
+    def push(self, piece: Tensor) -> Output | None:
+        made = [self.passage.push(each) for each in piece.split(self.most, dim=2)]
+        there = [each for each in made if each is not None]
+        return self.join(there) if there else None
+
+    def close(self) -> Output | None:
+        return self.passage.close()
+
+    @property
+    def seams(self) -> SeamError | None:
+        space = self.space.result(unit=self.unit)
+        time = None if self.time is None else self.time.result(unit=self.unit)
+        return None if space is None and time is None else SeamError(unit=self.unit, time=time, space=space)
+
+
+def _frames(vae: Model, plan: CodingPlan, tally: Tally) -> Streamable:
+    """The model over frames of any size."""
+    if plan.tile is None:
+        return vae
+    if plan.overlap is not None:
+        return BlendedTiles(vae, plan.tile, plan.overlap, tally)
+    assert not isinstance(vae, DiffusersVAE)
+    return ExactTiles(vae, tile=plan.tile)
+
+
+def _along_time(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+def _joined(pieces: list[Posterior]) -> Posterior:
+    mean, logvar = ([getattr(each, name) for each in pieces] for name in ("mean", "logvar"))
+    return Posterior(_along_time(mean), _along_time(logvar), pieces[0].certain)

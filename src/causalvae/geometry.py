@@ -1,6 +1,6 @@
 """Arithmetic of shapes, without torch.
 
-What a clip becomes as a latent, and how a long one is cut in chunks.
+What a clip becomes as a latent, and how a large frame is cut in tiles.
 """
 
 from dataclasses import dataclass
@@ -36,3 +36,33 @@ class Geometry:
         """Shape c t h w of the latent of a clip of this size, padded where it has to be."""
         h, w = self.padded_size(height) // self.spatial, self.padded_size(width) // self.spatial
         return (self.channels, self.latent_frames(frames), h, w)
+
+
+Span = tuple[int, int]  # first position, and one behind the last
+
+
+def cuts(length: int, most: int, *, multiple: int = 1) -> list[Span]:
+    """0...length in as few equal pieces as there can be, none longer than `most`.
+
+    Pieces start at multiples of `multiple`. most: a multiple of it too.
+    """
+    number = _ceil(length, most)
+    piece = _ceil(_ceil(length, number), multiple) * multiple
+    return [(start, min(start + piece, length)) for start in range(0, length, piece)]
+
+
+def overlapping_cuts(length: int, most: int, *, overlap: int, multiple: int = 1) -> list[Span]:
+    """The same with neighbours that share at least `overlap`, which is less than `most`.
+
+    All pieces are as long as the first, the last ends with the length.
+    """
+    if length <= most:
+        return [(0, length)]
+    number = _ceil(length - overlap, most - overlap)
+    piece = _ceil(_ceil(length + (number - 1) * overlap, number), multiple) * multiple
+    starts = [min(i * (piece - overlap), length - piece) for i in range(number)]
+    return [(start, start + piece) for start in dict.fromkeys(starts)]
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)

@@ -206,6 +206,11 @@ def available_bytes(device: str) -> int | None:
     return None if free is None else int(free * SHARE_OF_FREE)
 
 
+def amount(num_bytes: int) -> str:
+    """A size for people: GiB, or MiB where there is less than one."""
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
+
+
 def free_memory_bytes() -> int | None:
     """Main memory that this process could still get: without swapping, within the limits of its cgroups."""
     facts = {line.partition(":")[0]: line.split() for line in _lines(Path("/proc/meminfo"))}

@@ -28,6 +28,11 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.float() + 1.0) * HALF_RANGE).round().clamp(0.0, 255.0).to(torch.uint8)
 
 
+def to_levels(difference: float) -> float:
+    """A difference of two values in model range, in 8-bit levels."""
+    return difference * HALF_RANGE
+
+
 def pad_frames(x: Tensor, geometry: Geometry) -> Tensor:
     """b c t h w -> the same with the last frame repeated until the model can work on it."""
     missing = geometry.padded_frames(x.shape[2]) - x.shape[2]

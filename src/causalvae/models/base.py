@@ -67,6 +67,7 @@ class VideoVAE(Protocol):
     geometry: Geometry
     streamable: bool
     why_not_streamable: str
+    why_tiles_blend: str
 
     @property
     def config(self) -> ModelConfig:

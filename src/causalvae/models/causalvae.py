@@ -31,6 +31,7 @@ from causalvae.models.layers import (
 )
 from causalvae.models.presets import CausalVAEConfig
 from causalvae.models.resampling import CausalDownsample, CausalUpsample, TimePool, TimeStretch
+from causalvae.models.stages import Spread, Stage, Window, row
 from causalvae.models.stream import ClipStream, Stream
 
 
@@ -103,9 +104,27 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream | None) -> Tensor:
         """b 3 t h w -> b 2c k h/8 w/8."""
-        h = x if self.stem[1] == 1 else space_to_depth(x, self.stem)
-        parts = [self.conv_in, *self.down, self.mid]
-        h = run_in_order(_layers(parts), h, stream=stream, recompute=self.recompute)
+        layers = _layers([self.conv_in, *self.down, self.mid])
+        h = run_in_order(layers, self._begin(x, stream), stream=stream, recompute=self.recompute)
+        return self._end(h, stream)
+
+    def stages(self) -> list[Stage]:
+        """The same, cut after each halving of space."""
+        groups: list[list[nn.Module]] = [[self.conv_in]]
+        for level in self.down:
+            groups[-1] += _layers([level])
+            if isinstance(level, Level) and "downsample" in level.order:
+                groups.append([])
+        groups[-1] += _layers([self.mid])
+        stages = [_stage(group) for group in groups]
+        stages[0] = row(self._begin, [Window(self.stem[1], self.stem[1])]).then(stages[0])
+        stages[-1] = stages[-1].then(row(self._end, [self.conv_out]))
+        return stages
+
+    def _begin(self, x: Tensor, stream: Stream | None) -> Tensor:  # noqa: ARG002  as every layer
+        return x if self.stem[1] == 1 else space_to_depth(x, self.stem)
+
+    def _end(self, h: Tensor, stream: Stream | None) -> Tensor:
         if self.norm_out is None:
             return self.conv_out(h, stream)
         if keeps_nothing(stream):
@@ -139,9 +158,25 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor, stream: Stream | None) -> Tensor:
         """b c k h w -> b 3 t 8h 8w."""
-        h = self.conv_in(z, stream)
-        parts = [self.mid, *reversed(self.up)]
-        h = run_in_order(_layers(parts), h, stream=stream, recompute=self.recompute)
+        layers = _layers([self.mid, *reversed(self.up)])
+        h = run_in_order(layers, self.conv_in(z, stream), stream=stream, recompute=self.recompute)
+        return self._end(h, stream)
+
+    def stages(self) -> list[Stage]:
+        """The same, cut before each doubling of space."""
+        groups: list[list[nn.Module]] = [[self.conv_in, *_layers([self.mid])]]
+        for level in reversed(self.up):
+            assert isinstance(level, Level)
+            groups[-1] += level.block
+            resample = _layers([level])[len(level.block) :]
+            if "upsample" in level.order:
+                groups.append([])
+            groups[-1] += resample
+        stages = [_stage(group) for group in groups]
+        stages[-1] = stages[-1].then(row(self._end, [self.conv_out, Spread(self.stem[1])]))
+        return stages
+
+    def _end(self, h: Tensor, stream: Stream | None) -> Tensor:
         if self.norm_out is not None:
             h = self.norm_out.activated(h)
         # Not in a chain: the gradient of its weight alone is asked for twice in a step.
@@ -160,6 +195,13 @@ def _layers(parts: Sequence[nn.Module]) -> list[nn.Module]:
         else:
             layers.append(part)
     return layers
+
+
+def _stage(layers: Sequence[nn.Module]) -> Stage:
+    def run(x: Tensor, stream: Stream | None) -> Tensor:
+        return run_in_order(layers, x, stream=stream, recompute=False)
+
+    return row(run, layers)
 
 
 def resnet_blocks(
@@ -215,6 +257,7 @@ class CausalVAE(nn.Module):
         self.geometry = config.geometry
         self.why_not_streamable = config.why_not_streamable
         self.streamable = not self.why_not_streamable
+        self.why_tiles_blend = config.why_tiles_blend
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         quant = config.resampling == "conv" and config.quant
@@ -235,6 +278,20 @@ class CausalVAE(nn.Module):
     def decode(self, z: Tensor, stream: Stream | None = None) -> Tensor:
         """z: b c k h w -> b 3 t h w, about [-1, 1], unclamped."""
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z), stream)
+
+    def encode_stages(self) -> list[Stage]:
+        """What `encode` does up to the moments of the posterior, b 2c k h w."""
+        stages = self.encoder.stages()
+        if self.quant_conv is not None:
+            stages[-1] = stages[-1].then(row(self.quant_conv, [self.quant_conv]))
+        return stages
+
+    def decode_stages(self) -> list[Stage]:
+        """What `decode` does."""
+        stages = self.decoder.stages()
+        if self.post_quant_conv is not None:
+            stages[0] = row(self.post_quant_conv, [self.post_quant_conv]).then(stages[0])
+        return stages
 
     def forward(self, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Posterior]:
         """Reconstruction and posterior of x. noise: standard normal in the latent's shape.

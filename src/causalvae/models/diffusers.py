@@ -72,7 +72,7 @@ class DiffusersVAE(nn.Module):
         self.config = config
         self.geometry = config.geometry
         self.streamable = False
-        self.why_not_streamable = NO_STREAM
+        self.why_not_streamable = self.why_tiles_blend = NO_STREAM
         settings = config.settings
         self.net = _network(config.class_name, settings)
         self.arithmetic: torch.dtype | None = None

@@ -14,6 +14,7 @@ Resampling = Literal["conv", "shuffle"]
 Temporal = Literal["mix", "pool", "joint"]
 
 CLIP_NORM = "its GroupNorm takes statistics over all frames of a clip, so no part of it can be computed alone"
+FRAME_NORM = "its GroupNorm takes statistics over a whole frame, so no part of one can be computed alone"
 CLIP_ATTENTION = "its attention mixes all frames of a clip, so no part of it can be computed alone"
 GROUPS = 32  # of GroupNorm, as published
 # Far beyond any model, and small enough that shapes of such a network can be listed.
@@ -93,6 +94,14 @@ class CausalVAEConfig:
             return CLIP_NORM
         return CLIP_ATTENTION if self.attention and self.mixing_attention else ""
 
+    @property
+    def why_tiles_blend(self) -> str:
+        """Why tiles of a frame can only be blended; empty if they give what the whole frame gives.
+
+        Attention is no reason: it works at the size of the latent, where frames stay whole.
+        """
+        return FRAME_NORM if self.norm == "frame" else self.why_not_streamable
+
 
 @dataclass(frozen=True, kw_only=True)
 class WFVAEConfig:
@@ -124,6 +133,11 @@ class WFVAEConfig:
     @property
     def why_not_streamable(self) -> str:
         """Empty: all of its layers look back, or one frame ahead."""
+        return ""
+
+    @property
+    def why_tiles_blend(self) -> str:
+        """Empty: its norms are of each position, and its attention works at the size of the latent."""
         return ""
 
 

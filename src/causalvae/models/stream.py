@@ -65,7 +65,10 @@ def causal_window(owner: nn.Module, x: Tensor, *, kernel: int, stride: int, stre
 class Streamable(Protocol):
     """What a stream needs of a model, or of a way to run one."""
 
-    geometry: "Geometry"
+    @property
+    def geometry(self) -> "Geometry":
+        """Downsample factors and latent channels."""
+        ...
 
     def encode(self, x: Tensor, stream: Stream | None = None) -> "Posterior":
         """x: b 3 t h w -> posterior of b c k h w."""

@@ -23,6 +23,7 @@ from causalvae.models.layers import (
 )
 from causalvae.models.presets import WFVAEConfig
 from causalvae.models.resampling import CausalDownsample, CausalUpsample, FrameUpsample
+from causalvae.models.stages import Stage, row, stage
 from causalvae.models.stream import ClipStream, Stream
 from causalvae.models.wavelet import Haar, InverseHaar
 
@@ -60,19 +61,43 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream | None) -> tuple[Tensor, Bands]:
         """b 3 t h w -> moments b 2c k h/8 w/8, and the bands that flowed past."""
+        h, level1 = self._to_quarter(x, stream)
+        h, level2 = self._to_eighth(h, level1, stream)
+        return self._to_moments(h, stream), Bands(level1, level2)
+
+    def stages(self) -> list[Stage]:
+        """What makes the moments, cut after each halving of space from the bands on."""
+        pixels, low1, low2 = (
+            self.wavelet_transform_in,
+            self.wavelet_transform_l1,
+            self.wavelet_transform_l2,
+        )
+        return [
+            stage(
+                lambda x, s: self._to_quarter(x[0], s), [pixels, *self.down1], [pixels, low1, self.connect_l1]
+            ),
+            stage(lambda x, s: self._to_eighth(x[0], x[1], s)[:1], [*self.down2], [low2, self.connect_l2]),
+            row(self._to_moments, [*self.mid, self.conv_out]),
+        ]
+
+    def _to_quarter(self, x: Tensor, stream: Stream | None) -> tuple[Tensor, Tensor]:
+        """Pixels -> features b c t' h/4 w/4, and the bands of level 1."""
         bands = self.wavelet_transform_in(x, stream)
         level1 = self.wavelet_transform_l1(bands[:, :COLOURS], stream)
-        level2 = self.wavelet_transform_l2(level1[:, :COLOURS], stream)
         h = self._run(self.down1, bands, stream)
-        h = torch.cat([h, self.connect_l1(level1, stream)], dim=1)
+        return torch.cat([h, self.connect_l1(level1, stream)], dim=1), level1
+
+    def _to_eighth(self, h: Tensor, level1: Tensor, stream: Stream | None) -> tuple[Tensor, Tensor]:
+        """The same with half of everything, and the bands of level 2."""
+        level2 = self.wavelet_transform_l2(level1[:, :COLOURS], stream)
         h = self._run(self.down2, h, stream)
-        h = torch.cat([h, self.connect_l2(level2, stream)], dim=1)
+        return torch.cat([h, self.connect_l2(level2, stream)], dim=1), level2
+
+    def _to_moments(self, h: Tensor, stream: Stream | None) -> Tensor:
         h = self._run(self.mid, h, stream)
         if keeps_nothing(stream):
-            moments = self.conv_out(self.norm_out.activated(h), stream)
-        else:
-            moments = chain(h, norm_conv(self.norm_out, self.conv_out))
-        return moments, Bands(level1, level2)
+            return self.conv_out(self.norm_out.activated(h), stream)
+        return chain(h, norm_conv(self.norm_out, self.conv_out))
 
     def _run(self, modules: nn.ModuleList, x: Tensor, stream: Stream | None) -> Tensor:
         return run_in_order(modules, x, stream=stream, recompute=self.recompute)
@@ -105,21 +130,47 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor, stream: Stream | None) -> tuple[Tensor, Bands]:
         """b c k h w -> pixels b 3 t 8h 8w, and the bands that flow past."""
+        h, level1, level2 = self._to_quarter(self._from_latent(z, stream), stream)
+        return self._to_pixels(h, level1, stream), Bands(level1, level2)
+
+    def stages(self) -> list[Stage]:
+        """What makes the pixels, cut before each doubling of space up to that of the bands."""
+        low2, low1, pixels = (
+            self.inverse_wavelet_transform_l2,
+            self.inverse_wavelet_transform_l1,
+            self.inverse_wavelet_transform_out,
+        )
+        network = [*self.up1, *self.layer, self.conv_out]
+        return [
+            row(self._from_latent, [self.conv_in, *self.mid]),
+            stage(
+                lambda x, s: self._to_quarter(x[0], s)[:2],
+                [*self.up2, *self.connect_l1],
+                [*self.connect_l2, low2],
+            ),
+            stage(lambda x, s: (self._to_pixels(x[0], x[1], s),), [*network, pixels], [low1, pixels]),
+        ]
+
+    def _from_latent(self, z: Tensor, stream: Stream | None) -> Tensor:
+        return self._run(self.mid, self.conv_in(z, stream), stream)
+
+    def _to_quarter(self, h: Tensor, stream: Stream | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of the latent's size -> those of twice the size, and the bands of levels 1 and 2."""
         e = self.energy
-        h = self._run(self.mid, self.conv_in(z, stream), stream)
         level2 = self._run(self.connect_l2, h[:, -e:], stream)
         low2 = self.inverse_wavelet_transform_l2(level2, stream)
         h = self._run(self.up2, h[:, :-e], stream)
         level1 = self._run(self.connect_l1, h[:, -e:], stream)
         # What lies before the upsampler is ahead of it in a stream, which withholds frames.
         low2 = low2 if stream is None else _waiting(self, low2, frames=level1.shape[2], stream=stream)
-        level1 = _add_low(level1, low2)
+        return h[:, :-e], _add_low(level1, low2), level2
+
+    def _to_pixels(self, h: Tensor, level1: Tensor, stream: Stream | None) -> Tensor:
         low1 = self.inverse_wavelet_transform_l1(level1, stream)
-        h = self._run(self.layer, self._run(self.up1, h[:, :-e], stream), stream)
+        h = self._run(self.layer, self._run(self.up1, h, stream), stream)
         # Not in a chain: the gradient of its weight alone is asked for twice in a step.
         bands = self.conv_out(self.norm_out.activated(h), stream)
-        x = self.inverse_wavelet_transform_out(_add_low(bands, low1), stream)
-        return x, Bands(level1, level2)
+        return self.inverse_wavelet_transform_out(_add_low(bands, low1), stream)
 
     def _run(self, modules: nn.ModuleList, x: Tensor, stream: Stream | None) -> Tensor:
         return run_in_order(modules, x, stream=stream, recompute=self.recompute)
@@ -160,6 +211,7 @@ class WFVAE(nn.Module):
         self.geometry = config.geometry
         self.why_not_streamable = config.why_not_streamable
         self.streamable = not self.why_not_streamable
+        self.why_tiles_blend = config.why_tiles_blend
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
@@ -184,6 +236,14 @@ class WFVAE(nn.Module):
     def decode_bands(self, z: Tensor, stream: Stream | None = None) -> tuple[Tensor, Bands]:
         """What `decode` gives, and the bands that the decoder made on the way."""
         return self.decoder(z, stream)
+
+    def encode_stages(self) -> list[Stage]:
+        """What `encode` does up to the moments of the posterior, b 2c k h w."""
+        return self.encoder.stages()
+
+    def decode_stages(self) -> list[Stage]:
+        """What `decode` does."""
+        return self.decoder.stages()
 
     def forward(self, x: Tensor, noise: Tensor | None) -> tuple[Tensor, Posterior]:
         """Reconstruction and posterior of x. noise: standard normal in the latent's shape.

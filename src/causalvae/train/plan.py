@@ -12,11 +12,12 @@ from typing import Literal
 from causalvae.errors import ConfigError
 from causalvae.flags import MemoryBudget
 from causalvae.losses import LossPlan
+from causalvae.machine import amount
 from causalvae.train.optim import OptimizerKind
 from causalvae.train.predict import step_bytes
 from causalvae.train.state import TrainState
 
-GIB, MIB = 2**30, 2**20
+GIB = 2**30
 TIGHT_SHARE = 0.5  # of its budget, from which on a step may not waste any
 WORTH_IT = 0.98  # of the bytes before: more parts cost time
 PARTS_RUN = 4  # are predicted by running them; beyond, every other part costs the same
@@ -166,11 +167,6 @@ def predictor(
 
     clips = max(shape[0] for shape in shapes)
     return lambda plan: peak(min(plan.parts, clips), clips, recompute=plan.recompute)
-
-
-def amount(num_bytes: int) -> str:
-    """A size for people: GiB, or MiB where there is less than one."""
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.0f} MiB"
 
 
 def _nothing_fits(plan: StepPlan, *, policy: Policy) -> str:
