@@ -55,20 +55,21 @@ def write_film(
     options: dict[str, str] | None = None,
     pixels: str = "yuv420p",
     size: tuple[int, int] = (48, 64),
+    rate: Fraction = Fraction(25),
 ) -> Path:
-    """A film of moving pictures. times: when each frame is shown, in 1/25 s. options: of the codec."""
+    """A film of moving pictures. times: when each frame is shown, in 1 / rate s. options: of the codec."""
     with av.open(
         str(path), "w", options={"movflags": "+faststart"} if path.suffix == ".mp4" else {}
     ) as container:
-        stream = container.add_stream(codec, rate=25, options=options or {})
+        stream = container.add_stream(codec, rate=rate, options=options or {})
         assert isinstance(stream, av.VideoStream)
         stream.height, stream.width = size
         stream.pix_fmt = pixels
-        stream.time_base = Fraction(1, 25)
+        stream.time_base = 1 / rate
         for number, time in enumerate(times or range(frames)):
             picture = moving_picture(number, height=size[0], width=size[1])
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = time, Fraction(1, 25)
+            frame.pts, frame.time_base = time, 1 / rate
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path

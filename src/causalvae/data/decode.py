@@ -86,7 +86,7 @@ def file_and_part(name: str) -> tuple[str, tuple[int, int] | None]:
     return (found[3], (int(found[1]), int(found[2]))) if found else (name, None)
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
     """A video's name for a message."""
     path, part = file_and_part(name)
     return printable(path) if part is None else f"{printable(path)} (bytes {part[0]} to {part[1]})"
@@ -113,12 +113,17 @@ class Decoder:
         """How many frames of the file decode, from the index."""
         return self._index(str(path)).frames
 
+    def frame_times(self, path: str | Path) -> "array[int] | None":
+        """When each frame is shown, in the stream's time base; None where the packets don't tell."""
+        index = self._index(str(path))
+        return None if index.by_position or not index.labels else index.labels
+
     def probe(self, path: str | Path) -> VideoInfo:
         """Frames and displayed size. Decodes one frame, because only a frame knows its rotation."""
         name = str(path)
         frames = self.num_frames(name)
         height, width = self.read_frames(name, [0]).shape[1:3]
-        with _opened(name) as (_, stream):
+        with opened(name) as (_, stream):
             rate = stream.average_rate
         return VideoInfo(name, frames, height, width, float(rate) if rate else None)
 
@@ -128,9 +133,9 @@ class Decoder:
         index = self._index(name)
         numbers = [int(i) for i in indices]
         if not numbers or min(numbers) < 0:
-            raise VideoError(f"{_shown(name)}: frame numbers start at 0, got {numbers}")
+            raise VideoError(f"{shown(name)}: frame numbers start at 0, got {numbers}")
         if max(numbers) >= index.frames:
-            raise VideoError(f"{_shown(name)}: frame {max(numbers)} was asked for, it has {index.frames}")
+            raise VideoError(f"{shown(name)}: frame {max(numbers)} was asked for, it has {index.frames}")
         wanted = sorted(set(numbers))
         frames = self._read_from_key(name, index, wanted)
         if frames is None:
@@ -149,7 +154,7 @@ class Decoder:
         if index is None:
             index = _index_by_decoding(name, stamp)
         if index.frames == 0:
-            raise VideoError(f"{_shown(name)}: no frame of it can be decoded")
+            raise VideoError(f"{shown(name)}: no frame of it can be decoded")
         self._indices[name] = index
         if len(self._indices) > INDEX_CACHE:
             self._indices.popitem(last=False)
@@ -160,11 +165,13 @@ class Decoder:
         needed = bisect_right(index.keys, wanted[0]) - 1
         if not index.labels or needed - index.lead < 1:
             return None  # the start of the file is as near
-        with _opened(name) as (container, stream):
+        with opened(name) as (container, stream):
             for entry in range(needed - index.lead, max(0, needed - index.lead - ESCAPES), -1):
                 try:
                     container.seek(index.key_times[entry], stream=stream, backward=True)
-                    frames = _numbered(_decoded(container, stream, by_position=index.by_position), index)
+                    frames = _numbered(
+                        decoded_frames(container, stream, by_position=index.by_position), index
+                    )
                     return self._collect(name, frames, wanted, enter_by=index.keys[needed - index.lead])
                 except (av.error.FFmpegError, _NotExactError):
                     continue
@@ -172,12 +179,12 @@ class Decoder:
 
     def _read_from_start(self, name: str, wanted: list[int]) -> np.ndarray:
         """Frames t h w 3, counted from the first that decodes. VideoError where one is damaged or missing."""
-        with _opened(name) as (container, stream):
-            frames = enumerate(frame for frame, _ in _decoded(container, stream, by_position=False))
+        with opened(name) as (container, stream):
+            frames = enumerate(frame for frame, _ in decoded_frames(container, stream, by_position=False))
             try:
                 return self._collect(name, frames, wanted, enter_by=None)
             except _NotExactError as error:
-                raise VideoError(f"{_shown(name)}: {error}") from error
+                raise VideoError(f"{shown(name)}: {error}") from error
 
     def _collect(
         self,
@@ -202,26 +209,27 @@ class Decoder:
                 continue
             if frame.is_corrupt:
                 raise _NotExactError(f"frame {number} is damaged")
-            picture = self._picture(frame)
+            picture = upright(frame, self._reformatter)
             if out is None:
                 out = np.empty((len(wanted), *picture.shape), np.uint8)
             if picture.shape != out.shape[1:]:
-                raise VideoError(f"{_shown(name)}: frame {number} has another size than those before it")
+                raise VideoError(f"{shown(name)}: frame {number} has another size than those before it")
             out[filled] = picture
             filled += 1
             if filled == len(wanted) and out is not None:
                 return out
         raise _NotExactError(f"frame {wanted[filled]} can't be decoded, the file ends before it")
 
-    def _picture(self, frame: VideoFrame) -> np.ndarray:
-        """One frame as uint8 h w 3, upright. May be a view of the frame's memory."""
-        rgb = self._reformatter.reformat(frame, format="rgb24", interpolation=ACCURATE, threads=1)
-        plane = rgb.planes[0]
-        rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[
-            : rgb.height, : rgb.width * 3
-        ]
-        picture = rows.reshape(rgb.height, rgb.width, 3)
-        return np.rot90(picture, round(frame.rotation / 90)) if frame.rotation else picture
+
+def upright(frame: VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
+    """One frame as uint8 h w 3, turned as it is shown. May be a view of the frame's memory."""
+    rgb = reformatter.reformat(frame, format="rgb24", interpolation=ACCURATE, threads=1)
+    plane = rgb.planes[0]
+    rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[
+        : rgb.height, : rgb.width * 3
+    ]
+    picture = rows.reshape(rgb.height, rgb.width, 3)
+    return np.rot90(picture, round(frame.rotation / 90)) if frame.rotation else picture
 
 
 class _NotExactError(Exception):
@@ -234,14 +242,14 @@ def _stamp(name: str) -> tuple[int, int, int]:
         found = os.stat(file_and_part(name)[0])
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = error.strerror if isinstance(error, OSError) else "not a file name"
-        raise VideoError(f"{_shown(name)}: can't be opened: {reason}") from error
+        raise VideoError(f"{shown(name)}: can't be opened: {reason}") from error
     if not stat.S_ISREG(found.st_mode):
-        raise VideoError(f"{_shown(name)}: not a regular file")
+        raise VideoError(f"{shown(name)}: not a regular file")
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 @contextmanager
-def _opened(name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+def opened(name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The file's first video stream, ready to decode in this thread. Errors of PyAV leave as VideoError.
 
     The absolute path keeps FFmpeg from reading `http:x.mp4` as an address.
@@ -253,15 +261,15 @@ def _opened(name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
         with av.open(address, options={"protocol_whitelist": protocols}) as container:
             yield container, _video_stream(container, name)
     except av.error.FFmpegError as error:
-        raise VideoError(f"{_shown(name)}: {error.strerror or type(error).__name__}") from error
+        raise VideoError(f"{shown(name)}: {error.strerror or type(error).__name__}") from error
     except (MemoryError, UnicodeError) as error:
-        raise VideoError(f"{_shown(name)}: {type(error).__name__}") from error
+        raise VideoError(f"{shown(name)}: {type(error).__name__}") from error
 
 
 def _video_stream(container: InputContainer, name: str) -> VideoStream:
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams:
-        raise VideoError(f"{_shown(name)}: no video in it")
+        raise VideoError(f"{shown(name)}: no video in it")
     stream = streams[0]
     stream.thread_type = "NONE"
     stream.codec_context.thread_count = 1
@@ -273,7 +281,7 @@ def _video_stream(container: InputContainer, name: str) -> VideoStream:
     return stream
 
 
-def _decoded(
+def decoded_frames(
     container: InputContainer, stream: VideoStream, *, by_position: bool
 ) -> Iterator[tuple[VideoFrame, int | None]]:
     """Frames in display order with their label: the position of their packet, or their presentation time."""
@@ -318,7 +326,7 @@ def _numbered(
 
 def _index_by_packets(name: str, stamp: tuple[int, int, int]) -> FrameIndex | None:
     """The index by presentation times, without decoding, or None where packets don't tell the order."""
-    with _opened(name) as (container, stream):
+    with opened(name) as (container, stream):
         packets = [
             (packet.pts, packet.dts, packet.is_keyframe)
             for packet in container.demux(stream)
@@ -364,17 +372,17 @@ def _index_by_decoding(name: str, stamp: tuple[int, int, int]) -> FrameIndex:
     """The index by decoding the file once. In an AVI, frames are known by the position of their packet."""
     labels: list[int | None] = []
     keys: list[int] = []
-    with _opened(name) as (container, stream):
+    with opened(name) as (container, stream):
         seekable = container.format.name == "avi"
         closed = stream.codec_context.name in CLOSED_CODECS
-        for frame, label in _decoded(container, stream, by_position=True):
+        for frame, label in decoded_frames(container, stream, by_position=True):
             if frame.key_frame:
                 keys.append(len(labels))
             labels.append(label)
     known = [label for label in labels if label is not None and label >= 0]
     if not seekable or len(set(known)) != len(labels):
         return _bare_index(stamp, len(labels))
-    with _opened(name) as (container, stream):
+    with opened(name) as (container, stream):
         starts = {packet.pos: packet.dts for packet in container.demux(stream) if packet.dts is not None}
     keys = [key for key in keys if known[key] in starts]
     times = array("q", [starts[known[key]] for key in keys])
