@@ -9,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.audio.resampler import AudioResampler
 from torch import Tensor
 
 from causalvae.data.decode import ACCURATE
@@ -73,6 +74,43 @@ def write_film(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def with_sound(
+    source: Path, target: Path, *, codec: str = "aac", seconds: float = 2.0, late: float = 0.0
+) -> Path:
+    """The film with a tone, without encoding its frames anew. late: seconds before the tone starts."""
+    with av.open(str(source)) as inside, av.open(str(target), "w") as outside:
+        film = outside.add_stream_from_template(inside.streams.video[0])
+        tone = outside.add_stream(codec, rate=48000)
+        assert isinstance(tone, av.AudioStream)
+        tone.layout = "mono"
+        for packet in inside.demux(inside.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = film
+                outside.mux(packet)
+        for start in range(0, int(seconds * 48000), 960):
+            wave_form = np.sin(np.arange(start, start + 960) * 0.05).astype(np.float32)
+            made = AudioResampler(format=tone.format, layout="mono", rate=48000).resample(
+                _tone(wave_form, start=start + round(late * 48000))
+            )
+            for frame in made:
+                outside.mux(tone.encode(frame))
+        outside.mux(tone.encode())
+    return target
+
+
+def _tone(samples: np.ndarray, *, start: int) -> av.AudioFrame:
+    frame = av.AudioFrame.from_ndarray(samples[None], format="flt", layout="mono")
+    frame.sample_rate, frame.pts, frame.time_base = 48000, start, Fraction(1, 48000)
+    return frame
+
+
+def sound_packets(path: Path) -> list[tuple[bytes, Fraction]]:
+    """Content and time in seconds of every packet of the first stream of sound."""
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(container.streams.audio[0]) if packet.size]
+        return [(bytes(p), p.pts * p.time_base) for p in packets if p.pts is not None and p.time_base]
 
 
 def copy_packets(source: Path, target: Path, *, from_key: int = 0, rotation: int | None = None) -> Path:

@@ -19,6 +19,7 @@ TORCH_FROM_HERE = "-- torch from here --"
 LINES = f"""
 errors  texts
 geometry  models.presets
+data.codings
 flags  flagtext  config  weightflags  reportflags  evalflags
 files  locks  fetch  rundir  machine
 report.records  report.evals  report.charts  report.films  report.views  report.build  report.watch
@@ -30,7 +31,7 @@ models.resampling  models.chains  models.wavelet  models.stages  models.base  mo
 models.wfvae  models.start  models.diffusers  models.build
 critics.lpips  critics.efficientnet  critics.patchgan  critics.regularisers  critics.i3d
 data.decode  data.shards  data.sources  data.transforms
-data.films  data.clips  data.workers  data.loader  data.encode  data.scan
+data.films  data.sound  data.writer  data.clips  data.workers  data.loader  data.encode  data.scan
 weights.published  weights.names  weights.writing  weights.tensorfiles  weights.standins  weights.pytorch
 weights.mindspore  weights.layouts  weights.diffusers  weights.read  weights.diffusers_folder  weights.load
 weights.inflate
