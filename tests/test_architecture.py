@@ -20,7 +20,7 @@ LINES = f"""
 errors  texts
 geometry  models.presets
 data.codings
-flags  flagtext  config  weightflags  reportflags  evalflags
+flags  flagtext  config  weightflags  reportflags  evalflags  reconstructflags
 files  locks  fetch  rundir  machine
 report.records  report.evals  report.charts  report.films  report.views  report.build  report.watch
 {TORCH_FROM_HERE}
@@ -31,7 +31,7 @@ models.resampling  models.chains  models.wavelet  models.stages  models.base  mo
 models.wfvae  models.start  models.diffusers  models.build
 critics.lpips  critics.efficientnet  critics.patchgan  critics.regularisers  critics.i3d
 data.decode  data.shards  data.sources  data.transforms
-data.films  data.sound  data.writer  data.clips  data.workers  data.loader  data.encode  data.scan
+data.encode  data.films  data.sound  data.writer  data.clips  data.workers  data.loader  data.scan
 weights.published  weights.names  weights.writing  weights.tensorfiles  weights.standins  weights.pytorch
 weights.mindspore  weights.layouts  weights.diffusers  weights.read  weights.diffusers_folder  weights.load
 weights.inflate
@@ -42,6 +42,7 @@ tiles  windows  coding  infer
 evalset  subjects  evalwork  probes  evaluate  compare  evalcommands  export  programs
 train.stability  train.compiling  train.debug
 train.parallel  train.signals  train.samples  train.heldout
+pipeline  progress  targets  reconstruction  reconstruct
 train.state  train.runlog  train.replay  train.step  train.predict  train.plan  train.parts  train.networks
 train.loop  train.trainer
 explain  doctor  demo  initialise

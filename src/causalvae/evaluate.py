@@ -4,7 +4,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from causalvae.errors import ConfigError
 from causalvae.evalflags import FRAMES, PER_VIDEO, SIZE, STRIDE
 from causalvae.evalset import ClipRule, ClipSet, check_clips, choose_clips, read_manifest
 from causalvae.evalwork import Job, films_of_worst, first_clip, in_words, measure, summed
-from causalvae.files import disk_error, plain, write_whole
+from causalvae.files import disk_error, plain, refuse_place, write_whole
+from causalvae.infer import plain_arithmetic
 from causalvae.locks import Lock
 from causalvae.machine import pick_device
 from causalvae.perceptual import Shelf
@@ -109,7 +110,7 @@ def evaluate(
             raise ConfigError(f"--checkpoint {printable(each)}: there is no such file or folder")
     how = replace(how, device=pick_device(how.device))
     results: list[dict[str, Any]] = []  # Any: as above
-    with _held(out), _progress() as track, _plain_arithmetic():
+    with _held(out), _progress() as track, plain_arithmetic():
         clips = _settle(out, video_path, manifest=manifest, asked=asked, track=track)
         notes = in_words(clips.unreadable, most=SHOWN_LEFT_OUT)
         shelf = Shelf.of(os.environ)
@@ -264,18 +265,10 @@ def _progress() -> Iterator[Track]:
         yield track
 
 
-def _plain_arithmetic() -> AbstractContextManager[None]:
-    """cuDNN in fp32 proper, not TF32, by kernels that give the same bits every time. Nothing on a CPU."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-
-
 @contextmanager
 def _held(out: Path) -> Iterator[None]:
     """The folder for results is this process's alone. ConfigError if nothing can be written there."""
-    there = next(each for each in (out.absolute(), *out.absolute().parents) if each.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        what = "can't be written to" if there.is_dir() else "is no folder"
-        raise ConfigError(f"--out {out}: {there} {what}; choose another place")
+    refuse_place(out)
     try:
         lock = Lock(out, instead="give another --out")
     except OSError as error:

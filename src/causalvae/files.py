@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from safetensors import SafetensorError
 
-from causalvae.errors import RunError
+from causalvae.errors import ConfigError, RunError
 
 HASH_BLOCK = 1 << 20
 SECRET_NAME = r"[\w.-]*(?:token|secret|passw|credential|authorization|api[_-]?key|access[_-]?key)[\w.-]*|key"
@@ -76,6 +76,14 @@ def disk_error(error: OSError | SafetensorError, path: Path, *, num_bytes: int =
         "bytes are free. What was saved before is intact; make room and give the command again",
         status=1,
     )
+
+
+def refuse_place(out: Path) -> None:
+    """ConfigError if results can't be written there: told before the work."""
+    there = next(each for each in (out.absolute(), *out.absolute().parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "can't be written to" if there.is_dir() else "is no folder"
+        raise ConfigError(f"--out {out}: {there} {what}; choose another place")
 
 
 def redact(command: Sequence[str]) -> list[str]:

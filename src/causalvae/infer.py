@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Collection
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -52,3 +53,8 @@ def open_vae(
     lower(vae, numbers)
     notes = (*loaded.notes, *numbers.warnings)
     return Opened(vae=vae, loaded=loaded, device=torch.device(place), precision=numbers, notes=notes)
+
+
+def plain_arithmetic() -> AbstractContextManager[None]:
+    """cuDNN in fp32 proper, not TF32, by kernels that give the same bits every time. Nothing on a CPU."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)

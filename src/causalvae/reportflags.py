@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from causalvae.errors import ConfigError
-from causalvae.flags import check, flags_of, setting
+from causalvae.flags import FALSE_WORDS, TRUE_WORDS, check, flags_of, setting
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 BASICS = "Basics"
+TRUTH = (*TRUE_WORDS, *FALSE_WORDS)
 LANG_HELP = "language that the page opens in; it can be switched there"
 
 
@@ -41,11 +45,17 @@ class WatchSettings:
             check(flag, getattr(self, name))
 
 
-def split_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_words(
+    argv: Sequence[str], *, table: "type[DataclassInstance] | None" = None
+) -> tuple[list[str], list[str]]:
     """Words of a command line -> those that stand by themselves, and flags with their values.
 
-    Every flag is taken to have one value, behind it or after `=`. What follows a lone `--` is no flag.
+    Every flag is taken to have one value, behind it or after `=`; one that is true or false in the table of
+    settings may have none. What follows a lone `--` is no flag.
     """
+    switches = (
+        {f"--{flag.name}" for flag in flags_of(table).values() if flag.kind is bool} if table else set()
+    )
     alone: list[str] = []
     flags: list[str] = []
     words = list(argv)
@@ -58,7 +68,9 @@ def split_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             alone.append(word)
             continue
         flags.append(word)
-        if "=" not in word and words and not words[0].startswith("--"):
+        if "=" in word or not words or words[0].startswith("--"):
+            continue
+        if word.replace("-", "_").replace("__", "--", 1) not in switches or words[0].lower() in TRUTH:
             flags.append(words.pop(0))
     return alone, flags
 

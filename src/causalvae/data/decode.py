@@ -145,7 +145,7 @@ class Decoder:
         return torch.from_numpy(frames[[wanted.index(i) for i in numbers]])
 
     def _index(self, name: str) -> FrameIndex:
-        stamp = _stamp(name)
+        stamp = file_stamp(name)
         known = self._indices.get(name)
         if known is not None and known.stamp == stamp:
             self._indices.move_to_end(name)
@@ -236,7 +236,7 @@ class _NotExactError(Exception):
     """What came out of the decoder does not match the index."""
 
 
-def _stamp(name: str) -> tuple[int, int, int]:
+def file_stamp(name: str) -> tuple[int, int, int]:
     """Size, time of change and inode of a regular file. Anything else is a VideoError: a fifo would hang."""
     try:
         found = os.stat(file_and_part(name)[0])
@@ -254,7 +254,7 @@ def opened(name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
 
     The absolute path keeps FFmpeg from reading `http:x.mp4` as an address.
     """
-    _stamp(name)
+    file_stamp(name)
     is_part = file_and_part(name)[1] is not None
     address, protocols = (name, "subfile,file") if is_part else (os.path.abspath(name), "file")
     try:

@@ -24,7 +24,7 @@ LIST_ENDINGS = (".txt", ".csv", ".jsonl")
 LIST_KEYS = ("video", "path", "file")  # of a CSV column or JSON field that holds the path
 CLIPS = Path(__file__).parent.parent / "clips"
 SAMPLES = {"sample:": ("bunny.webm", "city_towers.avi"), "sample:heldout": ("city_spire.mp4",)}
-TRY_SAMPLES = "meanwhile `--video_path sample:` works, with the clips that come with the package"
+TRY_SAMPLES = "meanwhile `{}sample:` works, with the clips that come with the package"
 
 
 @dataclass(frozen=True)
@@ -71,56 +71,58 @@ class FileSource:
         return digest.hexdigest()
 
 
-def open_source(video_path: str) -> ClipSource:
+def open_source(video_path: str, *, flag: str = "--video_path ") -> ClipSource:
     """The source that `--video_path` names. ConfigError, with what to do, if there is none.
 
     A folder (searched recursively), a video or image, a list (.txt: a path per line; .csv, .jsonl: a column
     `video`, `path` or `file`), tar files (`shard-{000..012}.tar`), `sample:`, or `sample:heldout`.
+    flag: what stands before the path on the command line, for messages.
     """
+    named = f"{flag}{printable(video_path)}"
     if video_path.startswith("sample:"):
-        return _sample_source(video_path)
+        return _sample_source(video_path, named=named)
     path = Path(video_path)
     try:
         is_folder, is_file = path.is_dir(), path.exists()
     except (OSError, ValueError) as error:  # a name too long, a NUL
-        raise ConfigError(f"--video_path {printable(video_path)}: not a path that can be opened") from error
+        raise ConfigError(f"{named}: not a path that can be opened") from error
     if is_folder:
-        return _folder_source(path)
+        return _folder_source(path, named=named, flag=flag)
     if is_shard_pattern(video_path):
-        return _shard_source(video_path)
+        return _shard_source(video_path, named=named)
     if not is_file:
-        raise ConfigError(_missing(path))
+        raise ConfigError(_missing(path, named=named, flag=flag))
     if path.suffix.lower() in LIST_ENDINGS:
-        return _list_source(path)
+        return _list_source(path, named=named)
     return FileSource(path.name, [VideoRef(path.name, os.path.abspath(path))])
 
 
-def _sample_source(video_path: str) -> FileSource:
+def _sample_source(video_path: str, *, named: str) -> FileSource:
     if video_path not in SAMPLES:
-        raise ConfigError(f"--video_path {printable(video_path)}: there are {' and '.join(SAMPLES)}")
+        raise ConfigError(f"{named}: there are {' and '.join(SAMPLES)}")
     return FileSource(video_path, [VideoRef(name, str(CLIPS / name)) for name in SAMPLES[video_path]])
 
 
-def _missing(path: Path) -> str:
+def _missing(path: Path, *, named: str, flag: str) -> str:
     """What to say of a path that is not there."""
     nearest = next((p for p in path.parents if p.is_dir()), Path("."))
-    text = f"--video_path {printable(path)}: there is no such file or folder"
+    text = f"{named}: there is no such file or folder"
     text += f" (of that path, {printable(os.path.abspath(nearest))} exists)"
     if "ucf101" in str(path).lower():
         text += ". UCF101 is at https://www.crcv.ucf.edu/data/UCF101.php: unpack it there or give its folder"
     else:
         text += ". Give a folder with videos, a video, or a list of paths"
-    return f"{text}; {TRY_SAMPLES}"
+    return f"{text}; {TRY_SAMPLES.format(flag)}"
 
 
-def _folder_source(folder: Path) -> FileSource:
+def _folder_source(folder: Path, *, named: str, flag: str) -> FileSource:
     root = os.path.abspath(folder)
     endings = VIDEO_ENDINGS + IMAGE_ENDINGS
     found = [path for path in _walk(root) if os.path.splitext(path)[1].lower() in endings]
     if not found:
         raise ConfigError(
-            f"--video_path {printable(folder)}: no video or image in this folder or below it. Looked for "
-            f"files ending in {' '.join(endings)}; {TRY_SAMPLES}"
+            f"{named}: no video or image in this folder or below it. Looked for "
+            f"files ending in {' '.join(endings)}; {TRY_SAMPLES.format(flag)}"
         )
     refs = (VideoRef(os.path.relpath(path, root).replace(os.sep, "/"), path) for path in found)
     return FileSource(os.path.basename(root) or root, sorted(refs, key=lambda ref: os.fsencode(ref.id)))
@@ -146,23 +148,23 @@ def _refuse(error: OSError) -> None:
     raise ConfigError(f"{printable(error.filename)}: this folder can't be read: {error.strerror}") from error
 
 
-def _list_source(path: Path) -> FileSource:
+def _list_source(path: Path, *, named: str) -> FileSource:
     """Videos named by a list, in its order; a relative path starts at the list's folder."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         if path.suffix.lower() == ".csv":
             names = list(_csv_names(file))
         elif path.suffix.lower() == ".jsonl":
-            names = list(_jsonl_names(file, path))
+            names = list(_jsonl_names(file, named=named))
         else:
             names = [name for line in file if (name := line.rstrip("\r\n")).strip() and name[0] != "#"]
     if not names:
-        raise ConfigError(f"--video_path {printable(path)}: the list names no video")
+        raise ConfigError(f"{named}: the list names no video")
     folder = os.path.dirname(os.path.abspath(path))
     refs = (VideoRef(name, os.path.normpath(os.path.join(folder, name))) for name in names)
     return FileSource(path.name, refs)
 
 
-def _shard_source(pattern: str) -> FileSource:
+def _shard_source(pattern: str, *, named: str) -> FileSource:
     """Videos and images in tar files, in the order of the shards and of their members."""
     paths = shards(pattern)
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
@@ -174,7 +176,7 @@ def _shard_source(pattern: str) -> FileSource:
                 video = f"{shard}/{name}"  # twice in a shard: the later one counts, as when it is unpacked
                 refs[video] = VideoRef(video, part_of_file(path, start=start, size=size))
     if not refs:
-        raise ConfigError(f"--video_path {printable(pattern)}: no video or image in {len(paths)} tar files")
+        raise ConfigError(f"{named}: no video or image in {len(paths)} tar files")
     return FileSource(os.path.basename(pattern), refs.values())
 
 
@@ -192,7 +194,7 @@ def _csv_names(lines: Iterable[str]) -> Iterator[str]:
             yield row[column]
 
 
-def _jsonl_names(lines: Iterable[str], path: Path) -> Iterator[str]:
+def _jsonl_names(lines: Iterable[str], *, named: str) -> Iterator[str]:
     """One JSON value a line: a path, or an object with `video`, `path` or `file`."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -200,15 +202,12 @@ def _jsonl_names(lines: Iterable[str], path: Path) -> Iterator[str]:
         try:
             value = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ConfigError(
-                f"--video_path {printable(path)}, line {number}: not JSON ({error.msg})"
-            ) from error
+            raise ConfigError(f"{named}, line {number}: not JSON ({error.msg})") from error
         if isinstance(value, dict):
             value = next((value[key] for key in LIST_KEYS if key in value), None)
         if not isinstance(value, str) or not value:
             raise ConfigError(
-                f"--video_path {printable(path)}, line {number}: neither a path nor an object with one of "
-                f"{', '.join(LIST_KEYS)}"
+                f"{named}, line {number}: neither a path nor an object with one of {', '.join(LIST_KEYS)}"
             )
         yield value
 

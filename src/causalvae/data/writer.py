@@ -24,6 +24,7 @@ from torch import Tensor
 
 from causalvae.data.codings import Coding
 from causalvae.data.decode import ACCURATE, opened, shown
+from causalvae.data.encode import write_png
 from causalvae.data.films import Film
 from causalvae.data.sound import Sound
 from causalvae.errors import ConfigError, RunError, VideoError
@@ -122,6 +123,27 @@ class FilmWriter:
         for packet in packets:
             with _refusals(self._path):
                 self._container.mux(packet)
+
+
+@contextmanager
+def picture_writer(path: Path) -> "Iterator[PictureWriter]":
+    """A new picture, PNG."""
+    with written_aside(path) as partial:
+        yield PictureWriter(path, partial)
+
+
+class PictureWriter:
+    """A picture being written. See `picture_writer`."""
+
+    def __init__(self, path: Path, partial: Path) -> None:
+        self.notes: list[str] = []
+        self._path = path
+        self._partial = partial
+
+    def push(self, frames: Tensor) -> None:
+        """The picture, uint8 1 h w 3."""
+        with _refusals(self._path):
+            write_png(self._partial, frames[0])
 
 
 def check_encoder(coding: Coding) -> None:

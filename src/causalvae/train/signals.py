@@ -1,4 +1,4 @@
-"""A signal asks the loop to end after the step; a second one ends the process at once."""
+"""Signals: one asks the loop to end after its step, and a second one ends the process; or one is an exit."""
 
 import os
 import signal
@@ -38,3 +38,17 @@ def stop_on_signal() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Within this, SIGTERM raises SystemExit, so that what is half done is removed on the way out."""
+
+    def leave(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  the signature of a handler
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
