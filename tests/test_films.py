@@ -12,7 +12,9 @@ from causalvae.data.films import open_film, read_pieces
 from causalvae.errors import VideoError
 
 
-@pytest.mark.parametrize("path", clips(), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [p for p in clips() if p.stat().st_size < 800_000], ids=lambda path: path.name
+)
 def test_pieces_are_the_frames_of_plain_decoding(path: Path) -> None:
     film, expected = open_film(path), in_order(path)
     assert (film.frames, film.height, film.width) == tuple(expected.shape[:3])

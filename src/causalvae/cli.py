@@ -143,7 +143,7 @@ def _reconstruct(argv: Sequence[str]) -> int:
     os.environ.setdefault("SVT_LOG", "1")  # errors alone: its encoder tells the terminal about itself
     from causalvae.reconstruct import run_reconstruct
 
-    done = run_reconstruct(words, settings)
+    done = run_reconstruct(words, settings, say=lambda text: print(text, end="", flush=True))
     _show(done.text)
     return done.status
 

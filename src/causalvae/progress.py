@@ -3,6 +3,7 @@
 Both go to the error stream, so that results can be piped.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -94,5 +95,12 @@ def telling(films: int) -> Iterator[Telling]:
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    progress = Progress(
+        *columns,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),  # what is piped stays what it is
+    )
+    with progress:
         yield Telling(films, console, progress)

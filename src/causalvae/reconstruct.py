@@ -6,7 +6,7 @@ end: so the command, given again, goes on where it was stopped, and nothing else
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -57,8 +57,10 @@ class Reconstructed:
         return 1 if self.failed else 0
 
 
-def run_reconstruct(words: Sequence[str], settings: ReconstructSettings) -> Reconstructed:
-    """Reconstruct as the command line says."""
+def run_reconstruct(
+    words: Sequence[str], settings: ReconstructSettings, *, say: Callable[[str], None]
+) -> Reconstructed:
+    """Reconstruct as the command line says. say: is given a line for each result."""
     if not words:
         raise ConfigError("causalvae reconstruct: name videos, pictures or folders of them")
     flags = flags_of(settings)
@@ -91,6 +93,7 @@ def run_reconstruct(words: Sequence[str], settings: ReconstructSettings) -> Reco
                 chunk=settings.chunk,
             ),
             overwrite=settings.overwrite,
+            say=say,
         )
 
 
@@ -102,11 +105,13 @@ def reconstruct(
     manner: Manner | None = None,
     cut: Cut | None = None,
     overwrite: bool = False,
+    say: Callable[[str], None],
 ) -> Reconstructed:
     """Reconstruct files, folders and lists of videos and pictures into a folder.
 
     What an earlier call finished in the same way is kept; what else is there is refused, or replaced with
-    `overwrite`. A video that can't be read is left out and told.
+    `overwrite`. A video that can't be read is left out and told. say: is given a line for each
+    result.
     """
     job = _Job(opened=opened, manner=manner or Manner(), cut=cut or Cut())
     ending = CODECS[job.manner.codec].ending
@@ -115,7 +120,6 @@ def reconstruct(
     if not overwrite:
         _refuse_taken([target for target in targets if target not in kept], out)
     failed: dict[str, str] = {}
-    lines: list[str] = []
     with telling(len(targets)) as tell, plain_arithmetic():
         job.tell_once(tell, opened.notes)
         for target in targets:
@@ -123,7 +127,7 @@ def reconstruct(
                 tell.skip()
                 continue
             try:
-                lines.append(_one(target, job, tell=tell))
+                say(_one(target, job, tell=tell))
             except VideoError as error:
                 failed[target.path] = str(error)
                 tell.say(f"error: {error}")
@@ -132,7 +136,7 @@ def reconstruct(
         made=tuple(target.record for target in made),
         kept=tuple(target.record for target in targets if target in kept),
         failed=failed,
-        text="".join(f"{line}\n" for line in lines) + _summary(len(made), len(kept), len(failed), out=out),
+        text=_summary(len(made), len(kept), len(failed), out=out),
     )
 
 
@@ -268,8 +272,8 @@ def _write(path: Path, content: Json) -> None:
 def _line(target: Target, found: Json, *, frames: int, seconds: float) -> str:
     """What is told of a result."""
     similarity = f", SSIM {found['ssim']:.4f}" if "ssim" in found else ""
-    speed = f"{frames / seconds:.1f} frames/s"
-    return f"{printable(target.file)}: PSNR {found['psnr']:.2f} dB{similarity}, {frames:,} frames, {speed}"
+    speed = "" if target.is_picture else f", {frames:,} frames, {frames / seconds:.1f} frames/s"
+    return f"{printable(target.file)}: PSNR {found['psnr']:.2f} dB{similarity}{speed}\n"
 
 
 def _summary(made: int, kept: int, failed: int, *, out: Path) -> str:

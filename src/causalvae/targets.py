@@ -38,7 +38,9 @@ def plan_targets(inputs: Sequence[str], out: Path, *, ending: str, side_by_side:
     Names that would collide keep the endings of the originals. ending: of videos.
     ConfigError if there is nothing, or if a result would take the place of a video.
     """
-    found = dict(_found(inputs, out))  # path -> id; a video that is named twice is made once
+    found: dict[str, str] = {}  # path -> id; a video that is named twice is made once
+    for path, video in _found(inputs, out):
+        found.setdefault(path, video)
     if not found:
         raise ConfigError("causalvae reconstruct: all that was named is in --out already; name other videos")
     names = _names(list(found.values()), ending=ending)
@@ -65,7 +67,8 @@ def _found(inputs: Sequence[str], out: Path) -> Iterator[tuple[str, str]]:
         source = open_source(word, flag="")
         folder = Path(word).is_dir() and not word.startswith("sample:")
         within = f"{os.path.realpath(out)}{os.sep}"
-        skip_own = folder and within.startswith(f"{os.path.realpath(word)}{os.sep}")
+        around = f"{os.path.realpath(word)}{os.sep}"
+        skip_own = folder and within != around and within.startswith(around)
         above = os.path.basename(os.path.realpath(word)) if folder and len(inputs) > 1 else ""
         for ref in (source[i] for i in range(len(source))):
             if skip_own and os.path.realpath(ref.path).startswith(within):
