@@ -37,7 +37,7 @@ weights.mindspore  weights.layouts  weights.diffusers  weights.read  weights.dif
 weights.inflate
 losses  perceptual
 train.optim  train.convolutions  train.precision
-fidelity  temporal  artefacts  moments  latents  frechet  compute  metrics  scores  worst
+fidelity  temporal  artefacts  moments  latentmetrics  frechet  compute  metrics  scores  worst
 tiles  windows  coding  infer
 evalset  subjects  evalwork  probes  evaluate  compare  evalcommands  export  programs
 train.stability  train.compiling  train.debug

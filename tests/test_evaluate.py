@@ -22,7 +22,7 @@ from causalvae.evaluate import Asked, Work, evaluate
 from causalvae.evalwork import Job, summed
 from causalvae.export import convert
 from causalvae.frechet import frechet_distance
-from causalvae.latents import LatentStatistics
+from causalvae.latentmetrics import LatentStatistics
 from causalvae.metrics import METRICS, psnr
 from causalvae.models.build import build
 from causalvae.models.presets import PRESETS

@@ -23,7 +23,7 @@ from causalvae.data.decode import Decoder
 from causalvae.evalset import ClipRule, ClipSet, EvalClip, pixels_sha256, read_pixels
 from causalvae.files import append_whole, disk_error, plain, write_whole
 from causalvae.frechet import FrechetParts, frechet_parts
-from causalvae.latents import LatentStatistics
+from causalvae.latentmetrics import LatentStatistics
 from causalvae.metrics import Metric
 from causalvae.models.base import Posterior
 from causalvae.moments import Moments

@@ -10,7 +10,7 @@ from causalvae.artefacts import COLOURS, colour_clip, grid_levels
 from causalvae.data.decode import Decoder
 from causalvae.evalset import ClipSet, read_pixels
 from causalvae.fidelity import mean_curve
-from causalvae.latents import masked_psnr
+from causalvae.latentmetrics import masked_psnr
 from causalvae.metrics import mean
 from causalvae.models.build import Model
 from causalvae.subjects import Subject, reconstruct_batch

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from causalvae.latents import (
+from causalvae.latentmetrics import (
     SPECTRUM_BINS,
     LatentStatistics,
     dead_channels,
