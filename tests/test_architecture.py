@@ -30,7 +30,7 @@ models.layers
 models.resampling  models.chains  models.wavelet  models.stages  models.base  models.causalvae
 models.wfvae  models.start  models.diffusers  models.build
 critics.lpips  critics.efficientnet  critics.patchgan  critics.regularisers  critics.i3d
-data.decode  data.shards  data.sources  data.transforms
+data.decode  data.shards  data.sources  data.captions  data.transforms
 data.encode  data.films  data.sound  data.writer  data.clips  data.workers  data.loader  data.scan
 weights.published  weights.names  weights.writing  weights.tensorfiles  weights.standins  weights.pytorch
 weights.mindspore  weights.layouts  weights.diffusers  weights.read  weights.diffusers_folder  weights.load

@@ -1,5 +1,6 @@
 """Videos in tar files are read where they lie, and are the videos that were put in."""
 
+import io
 import os
 import tarfile
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ import pytest
 import torch
 from media import BUNDLED, truncated, write_film
 
+from causalvae.data.captions import caption_record
 from causalvae.data.clips import ClipPlan
 from causalvae.data.decode import Decoder, probe, read_frames
 from causalvae.data.loader import ClipLoader
@@ -157,3 +159,34 @@ def test_what_is_wrong_with_shards_is_said_in_one_line(films: list[Path], tmp_pa
         assert words in str(caught.value)
         assert "\n" not in str(caught.value)
         assert "--video_path" in str(caught.value)
+
+
+def with_texts(shard: Path, texts: dict[str, str]) -> Path:
+    """A tar file of members with these contents."""
+    with tarfile.open(shard, "w") as archive:
+        for name, text in texts.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text.encode())
+            archive.addfile(member, io.BytesIO(text.encode()))
+    return shard
+
+
+def test_texts_of_the_same_key_are_captions(tmp_path: Path) -> None:
+    texts = {
+        "d/a.mp4": "x",
+        "d/a.txt": " a cat\n",
+        "d/a.json": '{"text": "two", "n": [1]}',
+        "d/b.seen.mp4": "x",
+    }
+    first, second = references(with_texts(tmp_path / "s.tar", texts | {"d/b.txt": "b", "d/c.txt": "c"}))
+    assert caption_record(first, column=None) == {"caption": "a cat", "source": {"text": "two", "n": [1]}}
+    assert caption_record(first, column="text")["caption"] == "two"
+    assert caption_record(first, column="other") == {"source": {"text": "two", "n": [1]}}
+    assert caption_record(second, column=None) == {"caption": "b"}
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "[" * 100_000])
+def test_a_text_that_is_not_what_its_name_says_is_an_error_of_its_video(text: str, tmp_path: Path) -> None:
+    (video,) = references(with_texts(tmp_path / "s.tar", {"a.mp4": "x", "a.json": text}))
+    with pytest.raises(VideoError, match=r"a\.mp4: the \.json beside it"):
+        caption_record(video, column=None)

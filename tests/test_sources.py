@@ -139,3 +139,35 @@ def test_a_line_of_a_list_that_names_nothing_is_pointed_at(line: str, tmp_path: 
     (tmp_path / "list.jsonl").write_text(f'"a.mp4"\n{line}\n')
     with pytest.raises(ConfigError, match="line 2"):
         open_source(str(tmp_path / "list.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("list.csv", 'Video,label,Text\na.mp4,1,"a cat, asleep"\nb.mp4,2,ein H\u00e4schen\n'),
+        (
+            "list.jsonl",
+            '{"path": "a.mp4", "text": "a cat, asleep"}\n{"path": "b.mp4", "text": "ein H\u00e4schen"}\n',
+        ),
+    ],
+)
+def test_a_list_gives_captions_by_the_name_of_their_column(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    source = open_source(str(tmp_path / name), caption_column="text")
+    assert [source[i].caption for i in range(2)] == ["a cat, asleep", "ein H\u00e4schen"]
+    assert ids(source) == ["a.mp4", "b.mp4"]
+    assert open_source(str(tmp_path / name))[0].caption is None
+
+
+def test_a_caption_column_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    path = tmp_path / "list.csv"
+    path.write_text("video,words\na.mp4,x\n")
+    with pytest.raises(ConfigError, match="its columns are video, words"):
+        open_source(str(path), caption_column="text")
+    path.write_text("a.mp4,x\n")
+    with pytest.raises(ConfigError, match="no heading"):
+        open_source(str(path), caption_column="text")
+    path = tmp_path / "list.jsonl"
+    path.write_text('{"video": "a.mp4", "text": 3}\n')
+    with pytest.raises(ConfigError, match="line 1: text is no text"):
+        open_source(str(path), caption_column="text")

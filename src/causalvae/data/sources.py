@@ -8,7 +8,7 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +21,7 @@ VIDEO_ENDINGS = (".3gp", ".asf", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv"
 VIDEO_ENDINGS += (".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".vob", ".webm", ".wmv")
 IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 LIST_ENDINGS = (".txt", ".csv", ".jsonl")
+SIDECARS = (".txt", ".json")  # of a video in a tar file
 LIST_KEYS = ("video", "path", "file")  # of a CSV column or JSON field that holds the path
 CLIPS = Path(__file__).parent.parent / "clips"
 SAMPLES = {"sample:": ("bunny.webm", "city_towers.avi"), "sample:heldout": ("city_spire.mp4",)}
@@ -32,10 +33,14 @@ class VideoRef:
     """One video of a source. id: stable across machines, for logs and manifests; path: where it is here.
 
     The path of a video in a tar file is what `decode.part_of_file` makes: only the decoder can open it.
+    caption: what a list says of it, if that was asked for. sidecars: in a tar file, the .txt and .json of the
+    same key: ending, and a path of the same kind.
     """
 
     id: str
     path: str
+    caption: str | None = None
+    sidecars: tuple[tuple[str, str], ...] = ()
 
 
 class ClipSource(Protocol):
@@ -71,12 +76,15 @@ class FileSource:
         return digest.hexdigest()
 
 
-def open_source(video_path: str, *, flag: str = "--video_path ") -> ClipSource:
+def open_source(
+    video_path: str, *, flag: str = "--video_path ", caption_column: str | None = None
+) -> ClipSource:
     """The source that `--video_path` names. ConfigError, with what to do, if there is none.
 
     A folder (searched recursively), a video or image, a list (.txt: a path per line; .csv, .jsonl: a column
     `video`, `path` or `file`), tar files (`shard-{000..012}.tar`), `sample:`, or `sample:heldout`.
-    flag: what stands before the path on the command line, for messages.
+    flag: what stands before the path on the command line, for messages. caption_column: the column or field
+    of a .csv or .jsonl that says what is in a video.
     """
     named = f"{flag}{printable(video_path)}"
     if video_path.startswith("sample:"):
@@ -93,7 +101,7 @@ def open_source(video_path: str, *, flag: str = "--video_path ") -> ClipSource:
     if not is_file:
         raise ConfigError(_missing(path, named=named, flag=flag))
     if path.suffix.lower() in LIST_ENDINGS:
-        return _list_source(path, named=named)
+        return _list_source(path, caption_column, named=named)
     return FileSource(path.name, [VideoRef(path.name, os.path.abspath(path))])
 
 
@@ -148,19 +156,20 @@ def _refuse(error: OSError) -> None:
     raise ConfigError(f"{printable(error.filename)}: this folder can't be read: {error.strerror}") from error
 
 
-def _list_source(path: Path, *, named: str) -> FileSource:
+def _list_source(path: Path, caption_column: str | None, *, named: str) -> FileSource:
     """Videos named by a list, in its order; a relative path starts at the list's folder."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         if path.suffix.lower() == ".csv":
-            names = list(_csv_names(file))
+            rows = list(_csv_rows(file, path, caption_column))
         elif path.suffix.lower() == ".jsonl":
-            names = list(_jsonl_names(file, named=named))
+            rows = list(_jsonl_rows(file, caption_column, named=named))
         else:
-            names = [name for line in file if (name := line.rstrip("\r\n")).strip() and name[0] != "#"]
-    if not names:
+            names = (line.rstrip("\r\n") for line in file)
+            rows = [(name, None) for name in names if name.strip() and name[0] != "#"]
+    if not rows:
         raise ConfigError(f"{named}: the list names no video")
     folder = os.path.dirname(os.path.abspath(path))
-    refs = (VideoRef(name, os.path.normpath(os.path.join(folder, name))) for name in names)
+    refs = (VideoRef(name, os.path.normpath(os.path.join(folder, name)), text) for name, text in rows)
     return FileSource(path.name, refs)
 
 
@@ -171,45 +180,73 @@ def _shard_source(pattern: str, *, named: str) -> FileSource:
     refs: dict[str, VideoRef] = {}
     for path in paths:
         shard = os.path.relpath(path, root).replace(os.sep, "/")
-        for name, start, size in members(path):
+        found = {name: part_of_file(path, start=start, size=size) for name, start, size in members(path)}
+        for name, part in found.items():  # twice in a shard: the later one counts, as when it is unpacked
             if os.path.splitext(name)[1].lower() in VIDEO_ENDINGS + IMAGE_ENDINGS:
-                video = f"{shard}/{name}"  # twice in a shard: the later one counts, as when it is unpacked
-                refs[video] = VideoRef(video, part_of_file(path, start=start, size=size))
+                video = f"{shard}/{name}"
+                refs[video] = VideoRef(video, part, sidecars=tuple(_sidecars(name, found)))
     if not refs:
         raise ConfigError(f"{named}: no video or image in {len(paths)} tar files")
     return FileSource(os.path.basename(pattern), refs.values())
 
 
-def _csv_names(lines: Iterable[str]) -> Iterator[str]:
-    """The column `video`, `path` or `file` of a table with a heading, else the first column of every row."""
+def _sidecars(name: str, found: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Files of a shard that tell of a member: WebDataset's key is the name up to its first dot."""
+    folder, base = os.path.split(name)
+    key = os.path.join(folder, base.split(".", 1)[0])
+    yield from ((ending, found[key + ending]) for ending in SIDECARS if key + ending in found)
+
+
+def _csv_rows(
+    lines: Iterable[str], path: Path, caption_column: str | None
+) -> Iterator[tuple[str, str | None]]:
+    """Path and caption by the column `video`, `path` or `file` of a table with a heading.
+
+    Without such a heading, the first column of every row, and no captions.
+    """
     column: int | None = None
+    text: int | None = None
     for row in csv.reader(lines):
         if column is None:
             heading = [cell.strip().lower() for cell in row]
             known = [heading.index(key) for key in LIST_KEYS if key in heading]
             column = known[0] if known else 0
+            if caption_column is not None:
+                text = _caption_place(heading if known else [], caption_column, path)
             if known:
                 continue
         if len(row) > column and row[column].strip():
-            yield row[column]
+            yield row[column], row[text] if text is not None and len(row) > text else None
 
 
-def _jsonl_names(lines: Iterable[str], *, named: str) -> Iterator[str]:
-    """One JSON value a line: a path, or an object with `video`, `path` or `file`."""
+def _caption_place(heading: list[str], wanted: str, path: Path) -> int:
+    """Which column has the captions. ConfigError if none has that name."""
+    if wanted.strip().lower() in heading:
+        return heading.index(wanted.strip().lower())
+    said = f"its columns are {', '.join(heading)}" if heading else "it has no heading with a column `video`"
+    raise ConfigError(f"--caption_column {printable(wanted)}: not in {printable(path)}; {printable(said)}")
+
+
+def _jsonl_rows(
+    lines: Iterable[str], caption_column: str | None, *, named: str
+) -> Iterator[tuple[str, str | None]]:
+    """One JSON value a line: a path, or an object with `video`, `path` or `file`, and maybe a caption."""
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        place = f"{named}, line {number}"
         try:
             value = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ConfigError(f"{named}, line {number}: not JSON ({error.msg})") from error
+            raise ConfigError(f"{place}: not JSON ({error.msg})") from error
+        text = value.get(caption_column) if isinstance(value, dict) and caption_column is not None else None
         if isinstance(value, dict):
             value = next((value[key] for key in LIST_KEYS if key in value), None)
         if not isinstance(value, str) or not value:
-            raise ConfigError(
-                f"{named}, line {number}: neither a path nor an object with one of {', '.join(LIST_KEYS)}"
-            )
-        yield value
+            raise ConfigError(f"{place}: neither a path nor an object with one of {', '.join(LIST_KEYS)}")
+        if text is not None and not isinstance(text, str):
+            raise ConfigError(f"{place}: {printable(str(caption_column))} is no text")
+        yield value, text
 
 
 def _size(path: str) -> int:
