@@ -20,7 +20,7 @@ LINES = f"""
 errors  texts
 geometry  models.presets
 data.codings
-flags  flagtext  config  weightflags  reportflags  evalflags  reconstructflags
+flags  flagtext  config  weightflags  reportflags  evalflags  reconstructflags  latentflags
 files  locks  fetch  rundir  machine
 report.records  report.evals  report.charts  report.films  report.views  report.build  report.watch
 {TORCH_FROM_HERE}
@@ -30,7 +30,7 @@ models.layers
 models.resampling  models.chains  models.wavelet  models.stages  models.base  models.causalvae
 models.wfvae  models.start  models.diffusers  models.build
 critics.lpips  critics.efficientnet  critics.patchgan  critics.regularisers  critics.i3d
-data.decode  data.shards  data.sources  data.captions  data.transforms
+data.decode  data.shards  data.sources  data.captions  data.transforms  data.readahead
 data.encode  data.films  data.sound  data.writer  data.clips  data.workers  data.loader  data.scan
 weights.published  weights.names  weights.writing  weights.tensorfiles  weights.standins  weights.pytorch
 weights.mindspore  weights.layouts  weights.diffusers  weights.read  weights.diffusers_folder  weights.load
@@ -38,11 +38,13 @@ weights.inflate
 losses  perceptual
 train.optim  train.convolutions  train.precision
 fidelity  temporal  artefacts  moments  latentmetrics  frechet  compute  metrics  scores  worst
-tiles  windows  coding  infer
+latentfiles  latentstats  latentset  latentdata
+tiles  windows  coding  infer  bars
 evalset  subjects  evalwork  probes  evaluate  compare  evalcommands  export  programs
 train.stability  train.compiling  train.debug
 train.parallel  train.signals  train.samples  train.heldout
 pipeline  progress  targets  reconstruction  reconstruct
+footage  encoding  decoding  latentcommands
 train.state  train.runlog  train.replay  train.step  train.predict  train.plan  train.parts  train.networks
 train.loop  train.trainer
 explain  doctor  demo  initialise

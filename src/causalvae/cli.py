@@ -19,6 +19,7 @@ from causalvae.errors import CausalVAEError, ConfigError, exit_status
 from causalvae.evalflags import CompareSettings, EvalSettings
 from causalvae.flags import closest, printable
 from causalvae.flagtext import default_texts
+from causalvae.latentflags import EncodeSettings, with_first
 from causalvae.models.presets import PARAMETERS, PRESETS
 from causalvae.reconstructflags import ReconstructSettings
 from causalvae.reportflags import ReportSettings, WatchSettings, paths_of, split_words
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the number of SIGINT, of SIGPIPE, as shells have it
 NOT_YET = (
-    "explain", "encode", "decode", "data", "doctor",
+    "explain", "decode", "data", "doctor",
 )  # fmt: skip
 
 
@@ -146,6 +147,14 @@ def _reconstruct(argv: Sequence[str]) -> int:
     done = run_reconstruct(words, settings, say=lambda text: print(text, end="", flush=True))
     _show(done.text)
     return done.status
+
+
+def _encode(argv: Sequence[str]) -> int:
+    settings, _ = read_settings(EncodeSettings, with_first(argv, "video_path"))
+    _wait_without_spinning()
+    from causalvae.latentcommands import run_encode
+
+    return _show(run_encode(settings))
 
 
 def _report(argv: Sequence[str]) -> int:
@@ -277,6 +286,14 @@ COMMANDS = {
         "is NAME.json, with PSNR, SSIM and how it was made. Give the same command again after an "
         "interruption: it goes on.",
         "IN... ",
+    ),
+    "encode": Command(
+        _encode,
+        EncodeSettings,
+        "Encode videos to latents, for the training of other models",
+        "It writes tar files or folders of safetensors, an index, and statistics of the channels. Give the "
+        "same command again after an interruption: it goes on, and what comes out is bitwise the same.",
+        "VIDEOS ",
     ),
     "init": Command(
         _init,

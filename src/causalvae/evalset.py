@@ -151,7 +151,7 @@ def _clips_of(video: VideoRef, rule: ClipRule) -> list[EvalClip]:
     info = decoder.probe(video.path)
     starts = rule.starts(info.frames)
     if not starts:
-        raise _too_short(video, rule, frames=info.frames)
+        raise too_short(video, rule, frames=info.frames)
     digest = video_sha256(video)
     return [
         EvalClip(
@@ -171,11 +171,12 @@ def read_first(video: VideoRef, rule: ClipRule, *, decoder: Decoder) -> Tensor:
     """The clip at the start of a video, uint8 3 t H W. VideoError if it is too short or can't be read."""
     frames = decoder.num_frames(video.path)
     if not rule.starts(frames):
-        raise _too_short(video, rule, frames=frames)
+        raise too_short(video, rule, frames=frames)
     return _read(video, rule, start=0, decoder=decoder)
 
 
-def _too_short(video: VideoRef, rule: ClipRule, *, frames: int) -> VideoError:
+def too_short(video: VideoRef, rule: ClipRule, *, frames: int) -> VideoError:
+    """The error of a video that has fewer frames than a clip reaches over."""
     return VideoError(f"{printable(video.id)}: has {frames} frames, and a clip reaches over {rule.span}")
 
 

@@ -3,7 +3,7 @@
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from causalvae.bars import Track, progress_bars
 from causalvae.data.decode import printable
 from causalvae.data.sources import open_source
 from causalvae.errors import ConfigError
@@ -43,7 +43,6 @@ from causalvae.worst import MOST, Worst, film_folder, with_films, write_films
 
 MANIFEST = "manifest.json"
 SHOWN_LEFT_OUT = 5  # videos that are named on the terminal; the files name all
-Track = Callable[[str, int], Callable[[int], None]]  # a bar of so many steps -> what moves it
 Json = Mapping[str, Any]  # Any: JSON values nest
 
 
@@ -110,7 +109,7 @@ def evaluate(
             raise ConfigError(f"--checkpoint {printable(each)}: there is no such file or folder")
     how = replace(how, device=pick_device(how.device))
     results: list[dict[str, Any]] = []  # Any: as above
-    with _held(out), _progress() as track, plain_arithmetic():
+    with _held(out), progress_bars() as track, plain_arithmetic():
         clips = _settle(out, video_path, manifest=manifest, asked=asked, track=track)
         notes = in_words(clips.unreadable, most=SHOWN_LEFT_OUT)
         shelf = Shelf.of(os.environ)
@@ -249,20 +248,6 @@ def _cell(facts: Json | None) -> str:
         return ""
     text = f"{facts['mean']:.4g}"
     return f"{text} [{facts['low']:.4g}, {facts['high']:.4g}]" if "low" in facts else text
-
-
-@contextmanager
-def _progress() -> Iterator[Track]:
-    """Bars on a terminal, nothing elsewhere; on the error stream, so that the table can be piped."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-
-        def track(name: str, total: int) -> Callable[[int], None]:
-            task = progress.add_task(printable(name).replace("[", "("), total=total)
-            return lambda steps: progress.advance(task, steps)
-
-        yield track
 
 
 @contextmanager

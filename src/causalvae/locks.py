@@ -20,14 +20,15 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems tha
 class Lock:
     """A folder, made if it is not there and held until `close`, or used in a `with`.
 
+    name: of the file that is locked, for a folder of several things that are held by themselves.
     warning: what to tell where the file system has no locks. OSError if the folder can't be written;
     RunError, which names the holder and says `instead`, if another process has it.
     """
 
-    def __init__(self, folder: Path, *, instead: str) -> None:
+    def __init__(self, folder: Path, *, instead: str, name: str = NAME) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.warning: str | None = None
-        self._file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._file = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             self._take(folder, instead)
         except (OSError, RunError):

@@ -21,7 +21,7 @@ def caption_record(video: VideoRef, *, column: str | None) -> dict[str, Any]:  #
         text = _text(video, part)
         if ending == ".json":
             record["source"] = _parsed(video, text)
-            caption = record["source"].get(column)
+            caption = record["source"].get(column) if column is not None else None
             record |= {"caption": caption} if isinstance(caption, str) else {}
         elif column is None:
             record["caption"] = text.strip()

@@ -28,6 +28,17 @@ def resize_crop(frames: Tensor, *, size: tuple[int, int], crop: tuple[float, flo
     return images.transpose(0, 1).contiguous()  # t 3 H W -> 3 t H W
 
 
+def centre_crop(h: int, w: int, *, size: tuple[int, int]) -> dict[str, int]:
+    """What `resize_crop` does to frames of h x w: the size they get, and where the crop at the centre is."""
+    cover_h, cover_w = _cover(h, w, size=size)
+    return {
+        "resized_height": cover_h,
+        "resized_width": cover_w,
+        "top": _place(cover_h - size[0], None),
+        "left": _place(cover_w - size[1], None),
+    }
+
+
 def flip(clip: Tensor) -> Tensor:
     """uint8 3 t H W -> the same, left and right swapped."""
     return torch.flip(clip, dims=(3,))
