@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from causalvae.config import TrainSettings
     from causalvae.evaluate import evaluate
+    from causalvae.latentdata import latents
     from causalvae.models.base import VideoVAE
     from causalvae.train.trainer import train
 
 __version__ = "0.1.0"
-__all__ = ["TrainSettings", "VideoVAE", "__version__", "evaluate", "train"]
+__all__ = ["TrainSettings", "VideoVAE", "__version__", "evaluate", "latents", "train"]
 
 _HOMES = {
     "TrainSettings": "causalvae.config",
     "VideoVAE": "causalvae.models.base",
     "evaluate": "causalvae.evaluate",
+    "latents": "causalvae.latentdata",
     "train": "causalvae.train.trainer",
 }
 

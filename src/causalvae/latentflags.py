@@ -54,8 +54,8 @@ class EncodeSettings:
         help="clips of one video that go through the model at once")
     dataloader_num_workers: int = setting(2, WORK, limits=AT_LEAST_0, help="threads that decode ahead")
     tile: str = setting("auto", WORK,
-        help="auto cuts frames in tiles where they don't fit into --memory, off never does; or height x width "
-        "of a tile in pixels, such as 256x256")
+        help="auto cuts frames in tiles where they don't fit into --memory, off never does; or height x "
+        "width of a tile in pixels, such as 256x256")
     memory: str = setting("auto", WORK,
         help="what the model's work may take: auto is what is free on the device; or an amount such as 4GiB")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", WORK,

@@ -1,9 +1,9 @@
-"""A set of latents: a folder whose parts are made by any number of processes, and whose index is made of them.
+"""A set of latents: a folder whose parts any number of processes make, and the index that is made of them.
 
-Videos 0 to n - 1 of the source, n = videos_per_shard, are part 0, the next n part 1, and so on: where a latent
-goes is a function of the list of videos, never of timing. A part's records grow line by line while it is made
-and get their name when it is whole. Index, statistics and quarantine are a function of all records, in their
-order: whoever finds every part whole writes them, and several who do write the same.
+Videos 0 to n - 1 of the source, n = videos_per_shard, are part 0, the next n part 1, and so on: where a
+latent goes is a function of the list of videos, never of timing. A part's records grow line by line while it
+is made and get their name when it is whole. Index, statistics and quarantine are a function of all records,
+in their order: whoever finds every part whole writes them, and several who do write the same.
 """
 
 import json
@@ -133,7 +133,8 @@ def open_set(out: Path, facts: Json) -> tuple[LatentSet, list[str]]:
     different = [f"{name} is {a}, not {b}" for name, a, b in _differences(there, facts)]
     if different:
         raise ConfigError(
-            f"--out {printable(str(out))}: has other latents: {'; '.join(different[:5])}; choose another folder"
+            f"--out {printable(str(out))}: has other latents: {'; '.join(different[:5])}; choose another "
+            "folder"
         )
     notes = []
     if there["made_by"] != facts["made_by"]:
@@ -216,7 +217,7 @@ class Merged:
 def merge(found: LatentSet) -> Merged | None:
     """Write index, quarantine and statistics of a set whose parts are all whole.
 
-    None while another process does so. ConfigError if no video gave a latent: then there is a quarantine only.
+    None while another process does so. ConfigError if no video gave a latent; the quarantine has all reasons.
     """
     try:
         lock = Lock(found.path / PARTS, name=MERGING, instead="wait")

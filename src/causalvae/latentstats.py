@@ -1,8 +1,8 @@
 """Statistics of a set of latents, by which diffusion models bring them to mean 0 and deviation 1.
 
-Per channel, and over all of them as in latent diffusion (Rombach et al. 2022, section G: the scaling factor is
-one over the deviation of all numbers). Of the numbers that are stored; where a variance is stored with each
-mean, of samples.
+Per channel, and over all of them as in latent diffusion (Rombach et al. 2022, appendix G: the scaling factor
+is one over the deviation of all numbers). Of the numbers that are stored; where a variance is stored with
+each mean, of samples.
 """
 
 import json
@@ -52,20 +52,21 @@ def statistics(moments: ChannelMoments, *, samples: int, of: str, model: Json) -
     }
 
 
+def count_samples(path: Path) -> int:
+    """How many latents a stats.json is of. OSError if there is none, ConfigError if it is none."""
+    return int(_parsed(path)["samples"])
+
+
 def read_statistics(path: Path) -> Statistics:
     """What a stats.json says. ConfigError if it is none, or if a channel is the same everywhere."""
     named = printable(str(path))
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not JSON"
-        raise ConfigError(f"{named}: can't be read: {reason}") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ConfigError(f"{named}: not the stats.json of `causalvae encode`")
-    try:
+        found = _parsed(path)
         mean, deviation = (tuple(float(each) for each in found[name]) for name in ("mean", "deviation"))
         model = dict(found["model"])
         scaling_factor = float(found["scaling_factor"])
+    except OSError as error:
+        raise ConfigError(f"{named}: can't be read: {error.strerror}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{named}: damaged, or of no latents: {error!r}") from error
     sound = len(mean) == len(deviation) > 0 and all(map(math.isfinite, (*mean, *deviation, scaling_factor)))
@@ -74,3 +75,15 @@ def read_statistics(path: Path) -> Statistics:
         what = f"channel {constant[0]} has the same number everywhere" if constant else "damaged"
         raise ConfigError(f"{named}: {what}, so latents can't be brought to deviation 1 by it")
     return Statistics(mean=mean, deviation=deviation, scaling_factor=scaling_factor, model=model)
+
+
+def _parsed(path: Path) -> Json:
+    """The content of a stats.json. ConfigError if the file is another one."""
+    data = path.read_bytes()
+    try:
+        found = json.loads(data)
+    except ValueError as error:
+        raise ConfigError(f"{printable(str(path))}: not JSON") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT or type(found.get("samples")) is not int:
+        raise ConfigError(f"{printable(str(path))}: not the stats.json of `causalvae encode`")
+    return found
