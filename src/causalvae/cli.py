@@ -19,7 +19,7 @@ from causalvae.errors import CausalVAEError, ConfigError, exit_status
 from causalvae.evalflags import CompareSettings, EvalSettings
 from causalvae.flags import closest, printable
 from causalvae.flagtext import default_texts
-from causalvae.latentflags import EncodeSettings, with_first
+from causalvae.latentflags import DecodeSettings, EncodeSettings, with_first
 from causalvae.models.presets import PARAMETERS, PRESETS
 from causalvae.reconstructflags import ReconstructSettings
 from causalvae.reportflags import ReportSettings, WatchSettings, paths_of, split_words
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the number of SIGINT, of SIGPIPE, as shells have it
 NOT_YET = (
-    "explain", "decode", "data", "doctor",
+    "explain", "data", "doctor",
 )  # fmt: skip
 
 
@@ -155,6 +155,15 @@ def _encode(argv: Sequence[str]) -> int:
     from causalvae.latentcommands import run_encode
 
     return _show(run_encode(settings))
+
+
+def _decode(argv: Sequence[str]) -> int:
+    settings, _ = read_settings(DecodeSettings, with_first(argv, "latents"))
+    _wait_without_spinning()
+    os.environ.setdefault("SVT_LOG", "1")  # as above
+    from causalvae.latentcommands import run_decode
+
+    return _show(run_decode(settings))
 
 
 def _report(argv: Sequence[str]) -> int:
@@ -294,6 +303,14 @@ COMMANDS = {
         "It writes tar files or folders of safetensors, an index, and statistics of the channels. Give the "
         "same command again after an interruption: it goes on, and what comes out is bitwise the same.",
         "VIDEOS ",
+    ),
+    "decode": Command(
+        _decode,
+        DecodeSettings,
+        "Decode latents to videos and pictures",
+        "LATENTS is the folder of `causalvae encode`, or one of its files. Videos are named by the key of "
+        "their latent; decoded.jsonl says which is which.",
+        "LATENTS ",
     ),
     "init": Command(
         _init,

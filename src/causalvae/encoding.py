@@ -75,10 +75,14 @@ class Encoded:
 
 @dataclass(kw_only=True)
 class Maker:
-    """A model that makes latents by a recipe. plans: how frames of each size are cut. notes: of the plans."""
+    """A model that makes latents by a recipe. model: SHA-256 of its weights.
+
+    plans: how frames of each size are cut. notes: of the plans.
+    """
 
     vae: Model
     recipe: Recipe
+    model: str
     plans: dict[tuple[int, int], CodingPlan] = field(default_factory=dict[tuple[int, int], CodingPlan])
     notes: dict[str, None] = field(default_factory=dict[str, None])
 
@@ -109,7 +113,7 @@ def encode_videos(
     """
     found, notes = open_set(out, facts)
     if found.facts["memory_bytes"] != maker.recipe.budget:  # another would cut videos in another way
-        maker = Maker(vae=maker.vae, recipe=replace(maker.recipe, budget=found.facts["memory_bytes"]))
+        maker = replace(maker, recipe=replace(maker.recipe, budget=found.facts["memory_bytes"]))
     mine = [part for part in found.missing_parts() if part % share.of == share.number]
     records: list[Record] = []
     with progress_bars() as track:
@@ -177,7 +181,12 @@ def _encode(
     recipe, geometry = maker.recipe, maker.vae.geometry
     footage = next(items)
     assert isinstance(footage, Footage)
-    beside = {"video": video.id, "number": number, **caption_record(video, column=recipe.column)}
+    beside = {
+        "video": video.id,
+        "number": number,
+        "model": maker.model,
+        **caption_record(video, column=recipe.column),
+    }
     channels, frames, h, w = geometry.latent_shape(footage.frames, *footage.size)
     samples = [
         Sample(

@@ -9,13 +9,15 @@ import torch
 
 from causalvae import __version__
 from causalvae.data.sources import ClipSource, open_source
+from causalvae.decoding import Wish, decode_latents
 from causalvae.encoding import Encoded, Maker, Recipe, Share, encode_videos
 from causalvae.errors import ConfigError
 from causalvae.evaluate import SHOWN_LEFT_OUT
 from causalvae.evalwork import in_words
+from causalvae.files import refuse_place
 from causalvae.flags import flags_of, printable
 from causalvae.footage import Cut
-from causalvae.infer import Opened, open_vae
+from causalvae.infer import Opened, open_vae, plain_arithmetic
 from causalvae.latentfiles import Record
 from causalvae.latentflags import DecodeSettings, EncodeSettings, ranked, shard_of
 from causalvae.latentset import FORMAT
@@ -27,6 +29,7 @@ from causalvae.reconstructflags import memory_wish, tile_wish
 def run_encode(settings: EncodeSettings) -> str:
     """Encode what was asked for; what to say of it."""
     flags = flags_of(settings)
+    _refuse_places(settings)
     source = open_source(settings.video_path, caption_column=settings.caption_column)
     opened = _opened(settings)
     if settings.store == "moments" and isinstance(opened.vae, DiffusersVAE) and opened.vae.certain:
@@ -49,15 +52,46 @@ def run_encode(settings: EncodeSettings) -> str:
         budget=available_bytes(str(opened.device)) if budget is None else budget,
     )
     number, count = ranked(shard_of(flags["shard"], settings.shard), os.environ)
-    done = encode_videos(
-        source,
-        Path(settings.out),
-        facts=_facts(settings, source, opened=opened, recipe=recipe),
-        maker=Maker(vae=opened.vae, recipe=recipe),
-        share=Share(number=number, of=count),
-        workers=settings.dataloader_num_workers,
-    )
+    facts = _facts(settings, source, opened=opened, recipe=recipe)
+    with plain_arithmetic():
+        done = encode_videos(
+            source,
+            Path(settings.out),
+            facts=facts,
+            maker=Maker(vae=opened.vae, recipe=recipe, model=facts["model"]["sha256"]),
+            share=Share(number=number, of=count),
+            workers=settings.dataloader_num_workers,
+        )
     return _said(done, Path(settings.out), notes=opened.notes)
+
+
+def run_decode(settings: DecodeSettings) -> str:
+    """Decode what was asked for; what to say of it."""
+    flags = flags_of(settings)
+    _refuse_places(settings)
+    opened = _opened(settings)
+    budget = memory_wish(flags["memory"], settings.memory)
+    done = decode_latents(
+        Path(settings.latents),
+        Path(settings.out),
+        opened=opened,
+        wish=Wish(
+            codec=settings.codec,
+            tile=tile_wish(flags["tile"], settings.tile),
+            budget=available_bytes(str(opened.device)) if budget is None else budget,
+            any_model=settings.any_model,
+            overwrite=settings.overwrite,
+        ),
+    )
+    notes = "".join(f"warning: {printable(note)}\n" for note in (*opened.notes, *done.notes))
+    return f"{notes}{printable(settings.out)}: {done.made} decoded, {done.kept} were there already\n"
+
+
+def _refuse_places(settings: EncodeSettings | DecodeSettings) -> None:
+    """ConfigError before the work if the weights are not there or nothing can be written."""
+    if not Path(settings.checkpoint).exists():
+        raise ConfigError(f"--checkpoint {printable(settings.checkpoint)}: there is no such file or folder")
+    refuse_place(Path(settings.out))
 
 
 def _opened(settings: EncodeSettings | DecodeSettings) -> Opened:

@@ -5,9 +5,6 @@ order and in any process. Shuffling and samples are functions of (seed, epoch, p
 """
 
 import json
-import math
-import os
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -20,11 +17,11 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from causalvae import rng
 from causalvae.errors import ConfigError, RunError
 from causalvae.flags import printable
-from causalvae.latentfiles import OF_HEADER, Record
+from causalvae.latentfiles import Record
+from causalvae.latentreader import LatentFiles
 from causalvae.latentset import INDEX, STATS, read_facts
 from causalvae.latentstats import count_samples, read_statistics
 
-OPEN_FILES = 128  # of each process
 SCAN_BYTES = 1 << 24
 Normalise = Literal["channel", "scale", "none"]
 
@@ -53,7 +50,7 @@ class Latents(Dataset[dict[str, Any]]):  # Any: a latent and texts
         self.path, self.facts = path, read_facts(path)
         self._sample, self._keys = sample, (seed, epoch)
         self._normalise: Normalise = normalise
-        self._files: OrderedDict[str, int] = OrderedDict()
+        self._files = LatentFiles(path)
         self._starts = _line_starts(path)
         self._scale, self._shift = _factors(path / STATS, normalise, channels=self.channels)
 
@@ -96,7 +93,7 @@ class Latents(Dataset[dict[str, Any]]):  # Any: a latent and texts
     def __getitem__(self, number: int) -> dict[str, Any]:  # Any: as above
         """latent: c k h w fp32; key; caption, empty where there is none."""
         record = self.record(number)
-        tensors = self._read(record)
+        tensors = self._files.tensors(record)
         latent = tensors.get("sample", tensors.get("mean"))
         assert latent is not None
         if self._sample and "logvar" in tensors:
@@ -118,56 +115,14 @@ class Latents(Dataset[dict[str, Any]]):  # Any: a latent and texts
             raise IndexError(f"latent {number} of {len(self)}")
         number %= len(self)
         start, end = int(self._starts[number]), int(self._starts[number + 1])
-        line = self._bytes(INDEX, end - start, offset=start)
         try:
-            return json.loads(line)
+            return json.loads(self._files.read(INDEX, end - start, offset=start))
         except ValueError as error:
-            raise _damaged(self.path, f"line {number + 1} is not JSON") from error
-
-    def __getstate__(self) -> dict[str, Any]:  # Any: attributes
-        return {**self.__dict__, "_files": OrderedDict()}  # another process opens its own
-
-    def _read(self, record: Record) -> dict[str, Tensor]:
-        """The tensors of a latent, k c h w each, in one read. RunError if the index is wrong."""
-        try:
-            offset, size, places = int(record["offset"]), int(record["bytes"]), dict(record["tensors"])
-            data = self._bytes(str(record["file"]), size, offset=offset)
-            first = min(int(each["offset"]) for each in places.values()) - offset
-            if int.from_bytes(data[:8], "little") != first - 8:
-                raise _damaged(self.path, f"{record['file']} does not have {record['key']} where it says")
-            found: dict[str, Tensor] = {}
-            for name, each in places.items():
-                numbers, shape = OF_HEADER[each["dtype"]], [int(side) for side in each["shape"]]
-                at, count = int(each["offset"]) - offset, math.prod(shape)
-                found[name] = torch.frombuffer(data, dtype=numbers, count=count, offset=at).view(shape)
-            return found
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise _damaged(self.path, f"a line is not what it should be: {error!r}") from error
-
-    def _bytes(self, file: str, size: int, *, offset: int) -> bytearray:
-        """Bytes of a file of the set."""
-        try:
-            data = bytearray(os.pread(self._descriptor(file), size, offset))
-        except OSError as error:
-            raise RunError(f"{self.path / file}: can't be read: {error.strerror}", status=1) from error
-        if len(data) != size:
-            raise _damaged(self.path, f"{file} ends before byte {offset + size}")
-        return data
-
-    def _descriptor(self, file: str) -> int:
-        """The file, opened; of many, those not used for longest are closed."""
-        if file in self._files:
-            self._files.move_to_end(file)
-            return self._files[file]
-        descriptor = os.open(self.path / file, os.O_RDONLY | os.O_CLOEXEC)
-        self._files[file] = descriptor
-        if len(self._files) > OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
-        return descriptor
-
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_files", {}).values():
-            os.close(descriptor)
+            raise RunError(
+                f"{self.path / INDEX}, line {number + 1}: damaged; give the encode command again, which "
+                "writes it anew",
+                status=1,
+            ) from error
 
 
 class LatentStream(IterableDataset[dict[str, Any]]):  # Any: as above
@@ -228,11 +183,3 @@ def _factors(path: Path, normalise: Normalise, *, channels: int) -> tuple[Tensor
         raise ConfigError(f"{printable(str(path))}: of {len(mean)} channels, and the latents have {channels}")
     scale = 1.0 / deviation
     return scale.float().view(-1, 1, 1, 1), (-mean * scale).float().view(-1, 1, 1, 1)
-
-
-def _damaged(path: Path, why: str) -> RunError:
-    return RunError(
-        f"{path / INDEX}: {why}; give the encode command again: it writes the index anew, and latents that "
-        "are not there",
-        status=1,
-    )

@@ -27,8 +27,8 @@ NUMBERS: dict[DtypeName, tuple[str, torch.dtype]] = {  # name in a safetensors h
     "fp16": ("F16", torch.float16),
     "bf16": ("BF16", torch.bfloat16),
 }
-OF_HEADER = dict(NUMBERS.values())
 BLOCK = tarfile.BLOCKSIZE
+ENDING = ".safetensors"
 TAR_END = bytes(2 * BLOCK)  # two empty blocks
 Record = dict[str, Any]  # Any: JSON
 
@@ -157,7 +157,7 @@ class TarPart:
         """See `Part`."""
         places: list[Place] = []
         for sample in samples:
-            start = self._member(f"{sample.key}.safetensors", sample.num_bytes)
+            start = self._member(f"{sample.key}{ENDING}", sample.num_bytes)
             places.append(Place(sample, descriptor=self._file, path=self._path, start=start))
             self._text(f"{sample.key}.json", json.dumps(sample.record))
             if "caption" in sample.record:
@@ -229,7 +229,7 @@ class FolderPart:
         """See `Part`."""
         places: list[Place] = []
         for sample in samples:
-            path = self._path / f"{sample.key}.safetensors"
+            path = self._path / f"{sample.key}{ENDING}"
             with disk_refusals(path):
                 partial = path.with_name(f".{path.name}.partial")
                 self._open[path] = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)

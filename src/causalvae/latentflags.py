@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from typing import Any, Literal, cast
 
+from causalvae.data.codings import CodecName
 from causalvae.errors import ConfigError
 from causalvae.flags import Flag, Resolution, check, flags_of, refuse, setting
 from causalvae.reconstructflags import MEMORY_HELP, TILE_HELP, memory_wish, tile_wish
@@ -90,6 +91,9 @@ class DecodeSettings:
     checkpoint: str = setting(REQUIRED, BASICS, help="the model that made the latents")
     out: str = setting("results/decoded", BASICS, help="the folder for videos and pictures")
     overwrite: bool = setting(False, BASICS, help="make again what is in --out already")
+    codec: CodecName = setting("h264", BASICS,  # noqa: RUF009 - frozen
+        help="how videos are written: ffv1 (.mkv) is lossless, vp9 is .webm, the others .mp4; a latent of "
+        "one frame is .png")
     any_model: bool = setting(False, BASICS, help="decode latents that other weights made, too")
     weights: Literal["ema", "live"] = setting("ema", BASICS, help="which of a checkpoint's two sets")
     model_config: str | None = setting(None, BASICS, none_word="none",

@@ -8,7 +8,7 @@ aside and takes its name when it is whole.
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -60,33 +60,75 @@ def film_writer(
     quality: the rate factor, None for the codec's own. VideoError if the film's sound can't be read or the
     size is none for the codec, RunError if the disk refuses.
     """
-    if min(size) < coding.least:
-        raise VideoError(
-            f"{shown(film.path)}: {size[0]}x{size[1]} is too small for {coding.encoder}, which needs "
-            f"{coding.least}x{coding.least}; give another --codec"
-        )
-    with written_aside(path) as partial, opened(film.path) as (original, seen):
+    _refuse_small(film.path, size=size, coding=coding)
+    with opened(film.path) as (original, seen), _container(path, coding) as container:
+        stream = _add_stream(container, film, size=size, coding=coding, quality=quality)
+        _describe(stream, film, seen)
+        sound = Sound(original, container, zero=film.zero, encoder=coding.sound)
+        writer = FilmWriter(path, film, container=container, stream=stream, sound=sound)
+        yield writer
+        writer.finish()
+
+
+@contextmanager
+def silent_writer(
+    path: Path, *, fps: Fraction | None, size: tuple[int, int], coding: Coding
+) -> "Iterator[FilmWriter]":
+    """A new film without sound. fps: frames a second, 25 where nothing is known. size: height and width.
+
+    VideoError if the size is none for the codec, RunError if the disk refuses.
+    """
+    _refuse_small(str(path), size=size, coding=coding)
+    zero = Fraction(0)
+    film = Film(
+        path=str(path),
+        frames=0,
+        height=size[0],
+        width=size[1],
+        fps=fps,
+        times=None,
+        tick=zero,
+        zero=zero,
+        start=zero,
+        is_image=False,
+        has_audio=False,
+    )
+    with _container(path, coding) as container:
+        stream = _add_stream(container, film, size=size, coding=coding, quality=None)
+        _name_matrix(stream)
+        writer = FilmWriter(path, film, container=container, stream=stream, sound=None)
+        yield writer
+        writer.finish()
+
+
+@contextmanager
+def _container(path: Path, coding: Coding) -> Iterator[OutputContainer]:
+    """A file to write streams to, which takes its name when it is whole."""
+    with written_aside(path) as partial:
         with _refusals(path):
             container = av.open(str(partial), "w", format=coding.container)
         try:
-            stream = _add_stream(container, film, size=size, coding=coding, quality=quality)
-            _describe(stream, film, seen)
-            sound = Sound(original, container, zero=film.zero, encoder=coding.sound)
-            writer = FilmWriter(path, film, container=container, stream=stream, sound=sound)
-            yield writer
-            writer.finish()
+            yield container
         finally:
             with _refusals(path):
                 container.close()
+
+
+def _refuse_small(name: str, *, size: tuple[int, int], coding: Coding) -> None:
+    if min(size) < coding.least:
+        raise VideoError(
+            f"{shown(name)}: {size[0]}x{size[1]} is too small for {coding.encoder}, which needs "
+            f"{coding.least}x{coding.least}; give another --codec"
+        )
 
 
 class FilmWriter:
     """A film being written. notes: what is not as in the original. See `film_writer`."""
 
     def __init__(
-        self, path: Path, film: Film, *, container: OutputContainer, stream: VideoStream, sound: Sound
+        self, path: Path, film: Film, *, container: OutputContainer, stream: VideoStream, sound: Sound | None
     ) -> None:
-        self.notes = list(sound.notes)
+        self.notes = [] if sound is None else list(sound.notes)
         self._path = path
         self._film = film
         self._container = container
@@ -99,7 +141,7 @@ class FilmWriter:
         """The next frames, uint8 t h w 3."""
         for picture in frames:
             time, tick = _time(self._film, self._count), _tick(self._film)
-            self._mux(self._sound.until(time))
+            self._hear(time)
             frame = self._reformatter.reformat(
                 av.VideoFrame.from_ndarray(picture.contiguous().numpy(), format="rgb24"),
                 format=self._stream.pix_fmt,
@@ -117,9 +159,11 @@ class FilmWriter:
         """Write what the encoder holds back, and the rest of the sound."""
         with _refusals(self._path):
             self._container.mux(self._stream.encode())
-        self._mux(self._sound.until(None))
+        self._hear(None)
 
-    def _mux(self, packets: Iterator[Packet]) -> None:
+    def _hear(self, until: Fraction | None) -> None:
+        """Write the sound up to this time."""
+        packets: Iterable[Packet] = () if self._sound is None else self._sound.until(until)
         for packet in packets:
             with _refusals(self._path):
                 self._container.mux(packet)
@@ -177,12 +221,17 @@ def _describe(stream: VideoStream, film: Film, seen: VideoStream) -> None:
     """Say what the colours mean, and the shape of a pixel, as the original has it."""
     context, before = stream.codec_context, seen.codec_context
     context.color_primaries, context.color_trc = before.color_primaries, before.color_trc
-    if not (stream.pix_fmt or "").startswith("bgr"):
-        context.colorspace, context.color_range = BT709_MATRIX, ColorRange.MPEG
+    _name_matrix(stream)
     aspect = seen.sample_aspect_ratio
     if aspect:
         turned = (film.height, film.width) != (seen.height, seen.width)
         context.sample_aspect_ratio = 1 / aspect if turned else aspect
+
+
+def _name_matrix(stream: VideoStream) -> None:
+    """Say how RGB became these pixels, unless they are RGB."""
+    if not (stream.pix_fmt or "").startswith("bgr"):
+        stream.codec_context.colorspace, stream.codec_context.color_range = BT709_MATRIX, ColorRange.MPEG
 
 
 def _tick(film: Film) -> Fraction:
