@@ -38,7 +38,7 @@ weights.inflate
 losses  perceptual
 train.optim  train.convolutions  train.precision
 fidelity  temporal  artefacts  moments  latentmetrics  frechet  compute  metrics  scores  worst
-latentfiles  latentreader  latentstats  latentset  latentdata
+latentfiles  latentreader  latentstats  latentexport  latentset  latentdata
 tiles  windows  coding  infer  bars
 evalset  subjects  evalwork  probes  evaluate  compare  evalcommands  export  programs
 train.stability  train.compiling  train.debug

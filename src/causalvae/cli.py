@@ -23,7 +23,7 @@ from causalvae.latentflags import DecodeSettings, EncodeSettings, with_first
 from causalvae.models.presets import PARAMETERS, PRESETS
 from causalvae.reconstructflags import ReconstructSettings
 from causalvae.reportflags import ReportSettings, WatchSettings, paths_of, split_words
-from causalvae.weightflags import ConvertSettings, ExportSettings, InitSettings, amount, with_places
+from causalvae.weightflags import ConvertSettings, ExportSettings, InitSettings, with_places
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -227,19 +227,9 @@ def _init(argv: Sequence[str]) -> int:
 
 def _convert(argv: Sequence[str]) -> int:
     settings, _ = read_settings(ConvertSettings, with_places(argv))
-    from causalvae.export import convert
+    from causalvae.export import run_convert
 
-    done = convert(
-        Path(settings.source),
-        Path(settings.out),
-        to=settings.to,
-        dtype=settings.dtype,
-        prefer=settings.weights,
-        shard_size=None if settings.shard_size is None else amount(settings.shard_size),
-        model_config=None if settings.model_config is None else Path(settings.model_config),
-        overwrite=settings.overwrite,
-    )
-    return _show(done.text)
+    return _show(run_convert(settings))
 
 
 def _export(argv: Sequence[str]) -> int:

@@ -112,8 +112,8 @@ def _settle(out: Path, facts: dict[str, Any], *, wish: Wish) -> None:  # Any: JS
     content = json.dumps({"format": FORMAT, **facts}, indent=1) + "\n"
     if not wish.overwrite and path.exists() and path.read_text(errors="replace") != content:
         raise ConfigError(
-            f"--out {printable(str(out))}: has videos that another model, precision or codec made; choose another "
-            "folder, or add --overwrite True"
+            f"--out {printable(str(out))}: has videos that another model, precision or codec made; "
+            "choose another folder, or add --overwrite True"
         )
     _write(path, content)
 

@@ -18,8 +18,10 @@ from torch import Tensor
 from causalvae.errors import ConfigError, WeightsError
 from causalvae.files import remove, sync
 from causalvae.flags import printable
+from causalvae.latentexport import Carried, carry
 from causalvae.models.diffusers import skeleton
 from causalvae.models.presets import CausalVAEConfig, DiffusersConfig, ModelConfig
+from causalvae.weightflags import ConvertSettings, amount
 from causalvae.weights.diffusers import CONFIG, WEIGHTS, write_diffusers
 from causalvae.weights.diffusers_folder import PREFIX, save_folder
 from causalvae.weights.layouts import Choice
@@ -61,6 +63,35 @@ class Converted:
         return "".join(f"{line}\n" for line in lines)
 
 
+def run_convert(settings: ConvertSettings) -> str:
+    """The command `convert`; what to say of what was written."""
+    done = convert(
+        Path(settings.source),
+        Path(settings.out),
+        to=settings.to,
+        dtype=settings.dtype,
+        prefer=settings.weights,
+        shard_size=None if settings.shard_size is None else amount(settings.shard_size),
+        beside=Beside(
+            model_config=None if settings.model_config is None else Path(settings.model_config),
+            stats=None if settings.stats is None else Path(settings.stats),
+        ),
+        overwrite=settings.overwrite,
+    )
+    return done.text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """Files that are read beside the weights. model_config: a published config.json, as `load_model` has it.
+
+    stats: the stats.json of latents, which goes with the model.
+    """
+
+    model_config: Path | None = None
+    stats: Path | None = None
+
+
 def convert(
     source: Path,
     target: Path,
@@ -69,27 +100,31 @@ def convert(
     dtype: Dtype | None = None,
     prefer: Choice = "ema",
     shard_size: int | None = None,
-    model_config: Path | None = None,
+    beside: Beside | None = None,
     overwrite: bool = False,
 ) -> Converted:
     """Write the model of one file or folder as another format has it; `weights.load.load_model` reads both.
 
     to: None goes by the target's ending. dtype: None keeps the numbers. prefer: averaged or live weights.
-    shard_size: bytes of a file of safetensors. ConfigError or WeightsError if it can't be, RunError (status
-    1) if the disk refuses; then nothing is left.
+    shard_size: bytes of a file of safetensors. beside: what else is read. ConfigError or WeightsError if it
+    can't be, RunError (status 1) if the disk refuses; then nothing is left.
     """
+    beside = beside or Beside()
     before = _there(target)
     if before and not overwrite:
         raise ConfigError(f"{before[0]}: is there already; name another, or add --overwrite True")
     known = to or _by_ending(target)
-    loaded = load_model(source, prefer=prefer, model_config=model_config)
+    loaded = load_model(source, prefer=prefer, model_config=beside.model_config)
     form = known or _library_of(loaded.config, target)
     _refuse_unless_possible(loaded.config, form, target=target, shard_size=shard_size)
+    carried = None if beside.stats is None else carry(beside.stats, loaded, form=form)
     tensors = _as_in_file(loaded) if dtype is None else to_dtype(loaded.tensors, dtype)
-    given = read_json(model_config) if model_config is not None else loaded.file.config
+    given = loaded.file.config if beside.model_config is None else read_json(beside.model_config)
     fields = {} if loaded.file.kind is not None or given is None else given
     _refuse_others(target, form)
-    path = _write(target, loaded, tensors=tensors, form=form, fields=fields, shard_size=shard_size)
+    path = _write(
+        target, loaded, tensors=tensors, form=form, fields=fields, carried=carried, shard_size=shard_size
+    )
     written = {path, *(read_index(path) if path.name.endswith(INDEX_SUFFIX) else ())}
     for stale in before:  # of a file that was in more pieces, or in fewer
         if stale not in written and stale.is_file():
@@ -182,10 +217,12 @@ def _write(
     tensors: Mapping[str, Tensor],
     form: Format,
     fields: Mapping[str, Any],  # Any: JSON
+    carried: Carried | None,
     shard_size: int | None,
 ) -> Path:
     """Write, and say which path to name. fields: of the config.json that was read."""
-    told = _told(loaded)
+    carried = carried or Carried(config=loaded.config, fields={}, texts={})
+    told = {**_told(loaded), **carried.texts}
     if form == "safetensors":
         return write_safetensors(target, tensors, metadata=told, shard_size=shard_size)
     if form == "torch":
@@ -193,14 +230,16 @@ def _write(
     elif form == "mindspore":
         write_mindspore(target, tensors, crc=False, texts=told if _names_are_silent(loaded) else {})
     elif isinstance(loaded.config, DiffusersConfig):
-        vae = skeleton(loaded.config)
+        assert isinstance(carried.config, DiffusersConfig)
+        vae = skeleton(carried.config)
         vae.load_state_dict(loaded.tensors, strict=True, assign=True)
         with in_the_place_of(target) as folder:
             save_folder(vae, folder, tensors=tensors, shard_size=shard_size)
     else:
         published = published_config(loaded.config)
         assert published is not None
-        written = published | {name: fields[name] for name in KEPT_FIELDS if name in fields}
+        kept = {name: fields[name] for name in KEPT_FIELDS if name in fields}
+        written = {**published, **kept, **carried.fields}
         _write_published(target, loaded.config, tensors=tensors, fields=written, shard_size=shard_size)
     return target
 

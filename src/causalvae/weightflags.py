@@ -77,6 +77,9 @@ class ConvertSettings:
         help="numbers to write; keep leaves them as they are")
     shard_size: str | None = setting(None, FORMAT, none_word="none",
         help="cut safetensors into files of at most this size, such as 2GB, with an index beside them")
+    stats: str | None = setting(None, FORMAT, none_word="none",
+        help="the stats.json of `causalvae encode` with these weights: mean and scale of latents go into the "
+        "config that is written")
     # fmt: on
 
     def __post_init__(self) -> None:
