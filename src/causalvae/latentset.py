@@ -227,6 +227,8 @@ def merge(found: LatentSet) -> Merged | None:
         names = [found.path / name for name in (INDEX, QUARANTINE, STATS)]
         with aside(names, num_bytes=0) as partials:
             merged = _write(found, *partials)
+        for rubbish in (*found.path.glob(f".{SET}.*.partial"), *(found.path / PARTS).glob(".[0-9]*.lock")):
+            rubbish.unlink(missing_ok=True)  # of processes that were killed at a beginning or an end
         (found.path / PARTS / MERGING).unlink(missing_ok=True)
     if merged.samples == 0:
         reasons = "; ".join(dict.fromkeys(str(record["reason"]) for record in merged.broken[:3]))
