@@ -116,13 +116,16 @@ class Latents(Dataset[dict[str, Any]]):  # Any: a latent and texts
         number %= len(self)
         start, end = int(self._starts[number]), int(self._starts[number + 1])
         try:
-            return json.loads(self._files.read(INDEX, end - start, offset=start))
-        except ValueError as error:
+            found = json.loads(self._files.read(INDEX, end - start, offset=start))
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
             raise RunError(
                 f"{self.path / INDEX}, line {number + 1}: damaged; give the encode command again, which "
                 "writes it anew",
                 status=1,
-            ) from error
+            )
+        return found
 
 
 class LatentStream(IterableDataset[dict[str, Any]]):  # Any: as above

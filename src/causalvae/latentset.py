@@ -19,7 +19,16 @@ import torch
 from causalvae.errors import ConfigError, RunError
 from causalvae.files import append_whole, plain, sync
 from causalvae.flags import printable
-from causalvae.latentfiles import Container, FolderPart, Part, Place, Record, TarPart, disk_refusals
+from causalvae.latentfiles import (
+    Container,
+    FolderPart,
+    Part,
+    Place,
+    Record,
+    TarPart,
+    disk_refusals,
+    tar_bytes,
+)
 from causalvae.latentstats import statistics
 from causalvae.locks import Lock
 from causalvae.moments import ChannelMoments
@@ -59,8 +68,11 @@ class LatentSet:
         return self.path / PARTS / f"{part:06d}.jsonl"
 
     def is_whole(self, part: int) -> bool:
-        """Whether a part was finished and its latents are still there."""
-        return self.records_of(part).is_file() and (self.path / self.name_of(part)).exists()
+        """Whether a part was finished and its latents are still there, a tar file with all its bytes."""
+        records, place = self.records_of(part), self.path / self.name_of(part)
+        if not records.is_file() or not place.exists():
+            return False
+        return place.is_dir() or place.stat().st_size == tar_bytes(read_records(records))
 
     def missing_parts(self) -> list[int]:
         """Parts that are not whole."""
