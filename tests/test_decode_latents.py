@@ -85,7 +85,7 @@ def test_decoded_latents_are_the_reconstruction_of_the_model(
 def test_a_single_file_of_a_set_is_enough(weights: Path, encoded: Path, tmp_path: Path) -> None:
     whole, part, one = (tmp_path / name for name in ("whole", "part", "one"))
     assert decode(encoded, weights, whole, "--codec", "ffv1") == 0
-    alone = shutil.copy(encoded / "latents-000000.tar", tmp_path / "some.tar")
+    alone = Path(shutil.copy(encoded / "latents-000000.tar", tmp_path / "some.tar"))
     assert decode(alone, weights, part, "--codec", "ffv1") == 0
     record = lines(encoded / "index.jsonl")[0]
     data = alone.read_bytes()[record["offset"] : record["offset"] + record["bytes"]]

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -317,3 +319,17 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     assert said in error
     assert error.count("\n") == 1
     assert not (tmp_path / "o").exists()
+
+
+def test_the_reading_example_of_the_docs_reads_what_was_written(
+    weights: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "latents.md").read_text()
+    (example,) = re.findall(r"```python\n(import json, tarfile\n.*?)```", page, re.DOTALL)
+    assert encode(videos, weights, tmp_path / "latents" / "clips", *CLIPS) == 0
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(example, found)
+    *_, (_, record, tensors) = by_standard_library(tmp_path / "latents" / "clips" / "latents-000000.tar")
+    assert found["video"] == record["video"]
+    assert np.array_equal(found["mean"], tensors["mean"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from evalruns import moved_tiny
 from latentsets import Job, by_standard_library, films, model
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import causalvae
 from causalvae.errors import ConfigError, RunError
@@ -116,15 +116,9 @@ def test_batches_are_the_same_for_any_number_of_workers(method: str, encoded: Pa
     read = causalvae.latents(encoded)
     read[0]  # files that are open here are not those of a worker
 
-    def batches(workers: int, source: object) -> list[dict[str, Any]]:
+    def batches(workers: int, source: Dataset[Any]) -> list[dict[str, Any]]:
         context = method if workers else None
-        loader: DataLoader[Any] = DataLoader(
-            source,
-            batch_size=2,
-            num_workers=workers,
-            multiprocessing_context=context,  # type: ignore[arg-type]
-        )
-        return list(loader)
+        return list(DataLoader(source, batch_size=2, num_workers=workers, multiprocessing_context=context))
 
     for source in (read, read.stream(batch_size=2)):
         none, some = batches(0, source), batches(2 if method == "fork" else 1, source)
