@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from causalvae.codec import load
     from causalvae.config import TrainSettings
     from causalvae.evaluate import evaluate
     from causalvae.latentdata import latents
@@ -13,13 +14,14 @@ if TYPE_CHECKING:
     from causalvae.train.trainer import train
 
 __version__ = "0.1.0"
-__all__ = ["TrainSettings", "VideoVAE", "__version__", "evaluate", "latents", "train"]
+__all__ = ["TrainSettings", "VideoVAE", "__version__", "evaluate", "latents", "load", "train"]
 
 _HOMES = {
     "TrainSettings": "causalvae.config",
     "VideoVAE": "causalvae.models.base",
     "evaluate": "causalvae.evaluate",
     "latents": "causalvae.latentdata",
+    "load": "causalvae.codec",
     "train": "causalvae.train.trainer",
 }
 

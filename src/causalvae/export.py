@@ -110,12 +110,27 @@ def convert(
     can't be, RunError (status 1) if the disk refuses; then nothing is left.
     """
     beside = beside or Beside()
-    before = _there(target)
-    if before and not overwrite:
-        raise ConfigError(f"{before[0]}: is there already; name another, or add --overwrite True")
-    known = to or _by_ending(target)
+    _refuse_there(target, overwrite=overwrite)
     loaded = load_model(source, prefer=prefer, model_config=beside.model_config)
-    form = known or _library_of(loaded.config, target)
+    return save_model(
+        loaded, target, to=to, dtype=dtype, shard_size=shard_size, beside=beside, overwrite=overwrite
+    )
+
+
+def save_model(
+    loaded: Loaded,
+    target: Path,
+    *,
+    to: Format | None = None,
+    dtype: Dtype | None = None,
+    shard_size: int | None = None,
+    beside: Beside | None = None,
+    overwrite: bool = False,
+) -> Converted:
+    """Write a model that was loaded, with the tensors that it has now; the rest as `convert` has it."""
+    beside = beside or Beside()
+    before = _refuse_there(target, overwrite=overwrite)
+    form = to or _by_ending(target) or _library_of(loaded.config, target)
     _refuse_unless_possible(loaded.config, form, target=target, shard_size=shard_size)
     carried = None if beside.stats is None else carry(beside.stats, loaded, form=form)
     tensors = _as_in_file(loaded) if dtype is None else to_dtype(loaded.tensors, dtype)
@@ -130,6 +145,14 @@ def convert(
         if stale not in written and stale.is_file():
             stale.unlink()
     return Converted(path, form, loaded.family, len(tensors), num_bytes_of(tensors), _notes(loaded))
+
+
+def _refuse_there(target: Path, *, overwrite: bool) -> list[Path]:
+    """What is there already, if it may be written over; ConfigError if it may not."""
+    before = _there(target)
+    if before and not overwrite:
+        raise ConfigError(f"{before[0]}: is there already; name another, or add --overwrite True")
+    return before
 
 
 def _there(target: Path) -> list[Path]:
