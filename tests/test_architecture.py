@@ -40,7 +40,7 @@ train.optim  train.convolutions  train.precision
 fidelity  temporal  artefacts  moments  latentmetrics  frechet  compute  metrics  scores  worst
 latentfiles  latentreader  latentstats  latentexport  latentset  latentdata
 tiles  windows  coding  infer  bars
-evalset  subjects  evalwork  probes  evaluate  compare  evalcommands  export  programs
+evalset  subjects  evalwork  probes  evaluate  compare  evalcommands  export  codec  programs
 train.stability  train.compiling  train.debug
 train.parallel  train.signals  train.samples  train.heldout
 pipeline  progress  targets  reconstruction  reconstruct

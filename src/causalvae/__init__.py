@@ -9,14 +9,18 @@ if TYPE_CHECKING:
     from causalvae.codec import load
     from causalvae.config import TrainSettings
     from causalvae.evaluate import evaluate
+    from causalvae.flags import Resolution
     from causalvae.latentdata import latents
     from causalvae.models.base import VideoVAE
     from causalvae.train.trainer import train
 
 __version__ = "0.1.0"
-__all__ = ["TrainSettings", "VideoVAE", "__version__", "evaluate", "latents", "load", "train"]
+__all__ = [
+    "Resolution", "TrainSettings", "VideoVAE", "__version__", "evaluate", "latents", "load", "train",
+]  # fmt: skip
 
 _HOMES = {
+    "Resolution": "causalvae.flags",
     "TrainSettings": "causalvae.config",
     "VideoVAE": "causalvae.models.base",
     "evaluate": "causalvae.evaluate",
