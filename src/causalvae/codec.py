@@ -85,6 +85,7 @@ class Codec:
         self.device = opened.device
         self.notes = opened.notes
         self._loaded = opened.loaded
+        self._plans: dict[tuple[int, int], CodingPlan] = {}  # by height and width: making one takes a second
 
     @property
     def geometry(self) -> Geometry:
@@ -100,11 +101,15 @@ class Codec:
         """
         if isinstance(x, Tensor | np.ndarray):
             clips = _checked(x) if isinstance(x, Tensor) else _from_array(x)
-            axes, film, (frames, height, width) = None if isinstance(x, Tensor) else x.ndim, None, clips.shape[2:]
+            axes, film, (frames, height, width) = (
+                None if isinstance(x, Tensor) else x.ndim,
+                None,
+                clips.shape[2:],
+            )
             plan = self._plan(height, width)
             pieces = iter(clips.split(plan.chunk, dim=2))
         else:
-            film = open_film(x)
+            film = open_film(Path(x))
             axes, frames, height, width = FILE_AXES, film.frames, film.height, film.width
             plan = self._plan(height, width)
             pieces = (_clip(piece) for piece in read_pieces(film, frames=plan.chunk))
@@ -113,9 +118,9 @@ class Codec:
 
     @torch.inference_mode()
     def decode(self, z: Latents | Tensor | np.ndarray) -> Tensor | np.ndarray:
-        """Latents to clips: a tensor b 3 t h w, about [-1, 1]; or an array of uint8 frames, where one went in.
+        """Latents to clips: a tensor b 3 t h w, about [-1, 1], or an array of uint8 frames where one went in.
 
-        z: what `encode` gave, whose mode is taken, or latents b c k h w, which give all frames that they have.
+        z: what `encode` gave, whose mode is taken, or latents b c k h w, which give all of their frames.
         ConfigError for other shapes.
         """
         clips = torch.cat(list(self._decoded(z)), dim=2)
@@ -123,13 +128,17 @@ class Codec:
         return clips if axes is None else _to_array(clips, axes=axes)
 
     @torch.inference_mode()
-    def write(self, z: Latents, out: PathLike, *, codec: CodecName = "h264", quality: int | None = None) -> None:
+    def write(
+        self, z: Latents, out: PathLike, *, codec: CodecName = "h264", quality: int | None = None
+    ) -> None:
         """Decode what `encode` made of a file into a video, with its sound and times; frames are not kept.
 
         codec, quality: as `causalvae reconstruct` has them. ConfigError for latents that are not of a file.
         """
         if z.film is None:
-            raise ConfigError(f"{os.fspath(out)}: these latents are not of a file, so that no times are known")
+            raise ConfigError(
+                f"{os.fspath(out)}: these latents are not of a file, so that no times are known"
+            )
         size, coding = (z.height, z.width), CODECS[codec]
         with film_writer(Path(out), z.film, size=size, coding=coding, quality=quality) as writer:
             for clip in self._decoded(z):
@@ -148,10 +157,12 @@ class Codec:
         return save_model(replace(self._loaded, tensors=tensors), Path(path)).path
 
     def _plan(self, height: int, width: int) -> CodingPlan:
-        """How videos of this size go through the model in the memory that is free."""
-        height, width = self.geometry.padded_size(height), self.geometry.padded_size(width)
-        budget = available_bytes(str(self.device))
-        return plan_coding(self.vae, height=height, width=width, tile="auto", budget=budget)
+        """How videos of this size go through the model in the memory that was free at the first of them."""
+        size = height, width = self.geometry.padded_size(height), self.geometry.padded_size(width)
+        if size not in self._plans:
+            budget = available_bytes(str(self.device))
+            self._plans[size] = plan_coding(self.vae, height=height, width=width, tile="auto", budget=budget)
+        return self._plans[size]
 
     def _encoded(self, pieces: Iterator[Tensor], plan: CodingPlan) -> Posterior:
         """Pieces b 3 t h w, uint8 or in [-1, 1], to the posterior of all of them."""
@@ -161,7 +172,9 @@ class Codec:
             x = to_model(x) if x.dtype == torch.uint8 else x.float()
             parts += _some(coder.push(pad_size(x, self.geometry)))
         parts += _some(coder.close())
-        mean, logvar = (torch.cat([getattr(each, name) for each in parts], dim=2) for name in ("mean", "logvar"))
+        mean, logvar = (
+            torch.cat([getattr(each, name) for each in parts], dim=2) for name in ("mean", "logvar")
+        )
         return Posterior(mean, logvar, parts[0].certain)
 
     def _decoded(self, z: Latents | Tensor | np.ndarray) -> Iterator[Tensor]:
@@ -189,8 +202,8 @@ def load(
     """The model of a file, folder, run or checkpoint, of any format that docs/weights.md lists.
 
     weights: averaged or live ones, where there are both. model_config: a published config.json that says what
-    names of weights can't. device: auto, cpu, cuda, cuda:1, mps. precision: what convolutions compute in; auto
-    is bf16 on a GPU that has it, else fp32. WeightsError or ConfigError if it can't be.
+    names of weights can't. device: auto, cpu, cuda, cuda:1, mps. precision: what convolutions compute in;
+    auto is bf16 on a GPU that has it, else fp32. WeightsError or ConfigError if it can't be.
     """
     config = None if model_config is None else Path(model_config)
     opened = open_vae(Path(path), prefer=weights, model_config=config, device=device, precision=precision)

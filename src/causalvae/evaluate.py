@@ -90,9 +90,9 @@ class Evaluated:
 def evaluate(
     checkpoints: Sequence[str],
     *,
-    out: Path,
+    out: Path | str,
     video_path: str | None = None,
-    manifest: Path | None = None,
+    manifest: Path | str | None = None,
     asked: Asked | None = None,
     judges: Judges | None = None,
     work: Work | None = None,
@@ -108,6 +108,7 @@ def evaluate(
         if each != DATA and not Path(each).exists():
             raise ConfigError(f"--checkpoint {printable(each)}: there is no such file or folder")
     how = replace(how, device=pick_device(how.device))
+    out, manifest = Path(out), None if manifest is None else Path(manifest)
     results: list[dict[str, Any]] = []  # Any: as above
     with _held(out), progress_bars() as track, plain_arithmetic():
         clips = _settle(out, video_path, manifest=manifest, asked=asked, track=track)
