@@ -97,7 +97,7 @@ class Codec:
         """Clips to latents. Sizes and counts that the model can't have are padded, and cropped by `decode`.
 
         x: a tensor b 3 t h w, in [-1, 1] or uint8; an array of uint8 frames, h w 3, t h w 3 or b t h w 3; or
-        the path of a video or picture. ConfigError for other shapes, VideoError for a file that can't be read.
+        the path of a video or picture. ConfigError for other shapes, VideoError for a file that is no video.
         """
         if isinstance(x, Tensor | np.ndarray):
             clips = _checked(x) if isinstance(x, Tensor) else _from_array(x)
