@@ -39,7 +39,7 @@ losses  perceptual
 train.optim  train.convolutions  train.precision
 fidelity  temporal  artefacts  moments  latentmetrics  frechet  compute  metrics  scores  worst
 latentfiles  latentreader  latentstats  latentexport  latentset  latentdata
-tiles  windows  coding  infer  bars
+tiles  windows  coders  coding  infer  bars
 evalset  subjects  evalwork  probes  evaluate  compare  evalcommands  export  codec  programs
 train.stability  train.compiling  train.debug
 train.parallel  train.signals  train.samples  train.heldout

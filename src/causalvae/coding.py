@@ -5,25 +5,21 @@ of any length. A model that streams gives what the full pass gives, and so do ti
 look at one position. Others are cut in windows and tiles that overlap and are blended, and the plan says so.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Literal
 
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from causalvae.coders import CodingPlan, decoder, encoder
 from causalvae.errors import ConfigError
 from causalvae.geometry import Geometry
 from causalvae.machine import amount
-from causalvae.models.base import Posterior
 from causalvae.models.build import Model
 from causalvae.models.diffusers import DiffusersVAE
 from causalvae.models.layers import FrameAttention
 from causalvae.models.meta import LiveBytes, on_meta, tensors_of
-from causalvae.models.stream import DecodeStream, EncodeStream, Streamable
-from causalvae.tiles import BlendedTiles, ExactTiles, SeamError, Size, Tally
-from causalvae.windows import Windows
+from causalvae.tiles import BlendedTiles, ExactTiles, Sample, Size
 
 CHUNKS = (4, 2, 1)  # latent frames of a chunk
 WINDOWS = (9, 5)  # latent frames of a window
@@ -33,49 +29,6 @@ OVERLAP = 8  # a blended tile shares one part in eight of its edge
 PUSHES = 3  # of a stream, after which its memory no longer grows
 MUCH_WORK = 0.3  # work that tiles add, from which on it is told
 TileWish = Literal["auto", "off"] | Size
-
-Output = TypeVar("Output")
-Output_co = TypeVar("Output_co", covariant=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodingPlan:
-    """How a video is cut.
-
-    chunk: frames of one push that keep memory in the budget; the coders cut longer pieces. tile: height and
-    width of a tile in pixels, None for whole frames. overlap: of blended tiles, in pixels, None for exact
-    ones. window: frames of a window of a video that is not streamed, of which `shared` are those of its
-    neighbour. exact: what comes out equals the full pass. notes: warnings for the user. num_bytes: predicted
-    memory beside the weights, extra_work: work that tiles add, in parts of the whole; None if not asked for.
-    """
-
-    chunk: int
-    tile: Size | None = None
-    overlap: Size | None = None
-    window: int | None = None
-    shared: int | None = None
-    notes: tuple[str, ...] = ()
-    num_bytes: int | None = None
-    extra_work: float | None = None
-
-    @property
-    def exact(self) -> bool:
-        """Whether what comes out equals the full pass."""
-        return self.window is None and self.overlap is None
-
-    def facts(self) -> dict[str, Any]:  # Any: JSON
-        """For JSON: what is not there is left out."""
-        named = {
-            "chunk": self.chunk,
-            "tile": self.tile,
-            "tile_overlap": self.overlap,
-            "window": self.window,
-            "window_overlap": self.shared,
-            "predicted_bytes": self.num_bytes,
-            "extra_work": self.extra_work,
-        }
-        there = {name: value for name, value in named.items() if value is not None}
-        return {"exact": self.exact, **there, "notes": list(self.notes)}
 
 
 def plan_coding(
@@ -103,37 +56,44 @@ def plan_coding(
     twin = on_meta(vae)
     tried: list[CodingPlan] = []
     for plan in plans:
-        num_bytes, work = cost(twin, plan, size=size)
-        extra = None
-        if plan.tile is not None:
-            extra = work / cost(twin, replace(plan, tile=None, overlap=None), size=size)[1] - 1
-        tried.append(replace(plan, num_bytes=num_bytes, extra_work=extra))
+        num_bytes = coding_bytes(twin, plan, size=size)
+        tried.append(replace(plan, num_bytes=num_bytes))
         if budget is None or num_bytes <= budget:
             break
     best = min(tried, key=lambda plan: (budget is None or (plan.num_bytes or 0) > budget, plan.num_bytes))
+    best = replace(best, extra_work=extra_work(twin, best, size=size))
     notes = (*_notes(vae, best), *_memory_notes(vae, best, tried=tried, size=size, budget=budget))
     return replace(best, notes=notes)
 
 
-def cost(twin: Model, plan: CodingPlan, *, size: Size) -> tuple[int, int]:
-    """Memory in bytes beside the weights, and operations, that a few chunks or two windows take.
+def coding_bytes(twin: Model, plan: CodingPlan, *, size: Size) -> int:
+    """Memory beside the weights that coding takes: the larger of encoding and decoding.
 
-    twin: the model on the meta device. The larger memory of encoding and decoding, the work of both.
+    twin: the model on the meta device, where a few chunks, or two windows, go through it.
     """
-    geometry, peaks, work = twin.geometry, [], 0
+    geometry, peaks = twin.geometry, []
     latents = max(1, plan.chunk // geometry.temporal)
     pushes = PUSHES if plan.window is None else 2 + geometry.latent_frames(plan.window) // latents
     ways = ((encoder, 3, plan.chunk, size), (decoder, geometry.channels, latents, _latent(geometry, size)))
     for coder_of, channels, length, sides in ways:
-        with LiveBytes() as live, FlopCounterMode(display=False) as flops, torch.device("meta"):
+        sample = Sample()
+        with LiveBytes() as live, torch.device("meta"):
             live.hold(*tensors_of(twin))
-            weights, coder = live.bytes, coder_of(twin, plan)
+            weights, coder = live.bytes, coder_of(twin, plan, sample=sample)
             for _ in range(pushes):
                 coder.push(torch.empty(1, channels, length, *sides))
-            coder.close()
-        peaks.append(live.peak - weights)
-        work += flops.get_total_flops()
-    return max(peaks), work
+            peaks.append(live.peak - weights + sample.missing_bytes())
+    return max(peaks)
+
+
+def extra_work(twin: Model, plan: CodingPlan, *, size: Size) -> float | None:
+    """Work that tiles add, in parts of that of whole frames; None for these. twin: on the meta device."""
+    if plan.tile is None:
+        return None
+    if plan.overlap is not None or isinstance(twin, DiffusersVAE):
+        return BlendedTiles(twin, plan.tile, plan.overlap or (0, 0)).times(_latent(twin.geometry, size)) - 1
+    with torch.no_grad():
+        return ExactTiles(twin, tile=plan.tile).times(size) - 1
 
 
 def _plans(vae: Model, *, size: Size, tile: TileWish, chunk: int | None) -> Iterator[CodingPlan]:
@@ -266,120 +226,3 @@ def _check(geometry: Geometry, *, size: Size, tile: TileWish, chunk: int | None)
 
 def _by(size: Size | None) -> str:
     return "x".join(map(str, size or ()))
-
-
-class Coder(Protocol[Output_co]):
-    """One pass over one video, or over several of one size side by side."""
-
-    def push(self, piece: Tensor) -> Output_co | None:
-        """The next piece along t, of any length >= 1; what is certain by now, or None if nothing is."""
-        ...
-
-    def close(self) -> Output_co | None:
-        """What was still held back; None if nothing was."""
-        ...
-
-    @property
-    def seams(self) -> SeamError | None:
-        """Disagreement of overlapping neighbours so far; None where nothing overlapped."""
-        ...
-
-
-def encoder(vae: Model, plan: CodingPlan) -> Coder[Posterior]:
-    """Takes b 3 t h w in [-1, 1], h and w multiples of the spatial factor; gives posteriors.
-
-    At the end the last frame is repeated to fill the latent frame.
-    """
-    tally, geometry = Tally(), vae.geometry
-    frames = _frames(vae, plan, tally)
-    if plan.window is None or plan.shared is None:
-        return _Pass(EncodeStream(frames), plan.chunk, _joined, tally, None, "latent")
-    certain = isinstance(vae, DiffusersVAE) and vae.certain
-
-    def run(x: Tensor) -> Tensor:
-        posterior = frames.encode(x)
-        return torch.cat([posterior.mean, posterior.logvar], dim=1)
-
-    windows = Windows(
-        run=run,
-        wrap=lambda moments: Posterior(
-            moments[:, : geometry.channels], moments[:, geometry.channels :], certain
-        ),
-        each_in=geometry.temporal,
-        each_out=1,
-        judged=geometry.channels,
-        latents=geometry.latent_frames(plan.window),
-        overlap=geometry.latent_frames(plan.shared),
-        group=geometry.group,
-    )
-    return _Pass(windows, plan.chunk, _joined, tally, windows.tally, "latent")
-
-
-def decoder(vae: Model, plan: CodingPlan) -> Coder[Tensor]:
-    """Takes latents b c k h w; gives frames b 3 t h w, unclamped."""
-    tally, geometry = Tally(), vae.geometry
-    frames = _frames(vae, plan, tally)
-    most = max(1, plan.chunk // geometry.temporal)
-    if plan.window is None or plan.shared is None:
-        return _Pass(DecodeStream(frames), most, _along_time, tally, None, "8-bit levels")
-    windows = Windows(
-        run=frames.decode,
-        wrap=lambda x: x,
-        each_in=1,
-        each_out=geometry.temporal,
-        judged=3,
-        latents=geometry.latent_frames(plan.window),
-        overlap=geometry.latent_frames(plan.shared),
-        group=geometry.group,
-    )
-    return _Pass(windows, most, _along_time, tally, windows.tally, "8-bit levels")
-
-
-class _Passage(Protocol[Output_co]):
-    def push(self, x: Tensor, /) -> Output_co | None: ...
-    def close(self) -> Output_co | None: ...
-
-
-@dataclass
-class _Pass(Generic[Output]):
-    """A stream or windows, in pieces of at most so many frames, or latent frames."""
-
-    passage: _Passage[Output]
-    most: int
-    join: Callable[[list[Output]], Output]
-    space: Tally
-    time: Tally | None
-    unit: Any  # of SeamError
-
-    def push(self, piece: Tensor) -> Output | None:
-        made = [self.passage.push(each) for each in piece.split(self.most, dim=2)]
-        there = [each for each in made if each is not None]
-        return self.join(there) if there else None
-
-    def close(self) -> Output | None:
-        return self.passage.close()
-
-    @property
-    def seams(self) -> SeamError | None:
-        space = self.space.result(unit=self.unit)
-        time = None if self.time is None else self.time.result(unit=self.unit)
-        return None if space is None and time is None else SeamError(unit=self.unit, time=time, space=space)
-
-
-def _frames(vae: Model, plan: CodingPlan, tally: Tally) -> Streamable:
-    """The model over frames of any size."""
-    if plan.tile is None:
-        return vae
-    if plan.overlap is not None:
-        return BlendedTiles(vae, plan.tile, plan.overlap, tally)
-    assert not isinstance(vae, DiffusersVAE)
-    return ExactTiles(vae, tile=plan.tile)
-
-
-def _along_time(pieces: list[Tensor]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
-
-
-def _joined(pieces: list[Posterior]) -> Posterior:
-    mean, logvar = ([getattr(each, name) for each in pieces] for name in ("mean", "logvar"))
-    return Posterior(_along_time(mean), _along_time(logvar), pieces[0].certain)

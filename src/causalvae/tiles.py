@@ -5,6 +5,7 @@ frame is put together again after each stage, so that what is computed twice sta
 through the whole network alone, and neighbours that overlap are mixed.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from causalvae.geometry import Geometry, Span, cuts, overlapping_cuts
 from causalvae.models.base import Posterior
@@ -21,7 +23,27 @@ from causalvae.models.stream import Stream, Streamable
 from causalvae.models.wfvae import WFVAE
 from causalvae.video import at_least_fp32, to_levels
 
+SMALL_LATENT = 8  # positions along an edge of the latent on which work is counted
 Size = tuple[int, int]  # height, width
+Tile = tuple[Span, Span]  # rows, columns
+
+
+class Sample:
+    """One tile stands for all of its kind, to predict memory on the meta device in little time."""
+
+    def __init__(self) -> None:
+        self._others: dict[Stream, float] = {}
+
+    def one_of(self, tiles: Sequence[Tile], *, areas: Sequence[int], stream: Stream | None) -> Tile:
+        """The largest tile. Its part of the stream counts for all of them, by their areas."""
+        area, tile = max(zip(areas, tiles, strict=True))
+        if stream is not None:
+            self._others[stream.part(tile)] = sum(areas) / area - 1
+        return tile
+
+    def missing_bytes(self) -> int:
+        """What the tiles that were not run would keep."""
+        return int(sum(share * stream.num_bytes for stream, share in self._others.items()))
 
 
 class ExactTiles:
@@ -31,10 +53,10 @@ class ExactTiles:
     have as many positions, so they cover more pixels.
     """
 
-    def __init__(self, vae: CausalVAE | WFVAE, *, tile: Size) -> None:
-        self.geometry = vae.geometry
-        self._encode = _in_tiles(vae.encode_stages(), tile=tile, scale=1)
-        self._decode = _in_tiles(vae.decode_stages(), tile=tile, scale=vae.geometry.spatial)
+    def __init__(self, vae: CausalVAE | WFVAE, *, tile: Size, sample: Sample | None = None) -> None:
+        self.vae, self.tile, self.geometry = vae, tile, vae.geometry
+        self._encode = in_tiles(vae.encode_stages(), tile=tile, scale=1, sample=sample)
+        self._decode = in_tiles(vae.decode_stages(), tile=tile, scale=vae.geometry.spatial, sample=sample)
 
     def encode(self, x: Tensor, stream: Stream | None = None) -> Posterior:
         """x: b 3 t h w in [-1, 1], h and w multiples of the spatial factor."""
@@ -44,55 +66,116 @@ class ExactTiles:
         """z: b c k h w -> b 3 t h w, unclamped."""
         return _through(self._decode, z, stream)
 
+    def times(self, size: Size) -> float:
+        """Work on frames of this size in pixels over that on whole ones, of encoding and decoding together.
+
+        The share of each stage in the work is counted on a small clip. The model is one on the meta device.
+        """
+        geometry = self.geometry
+        edge = SMALL_LATENT * geometry.spatial
+        x = torch.empty(1, 3, 1 + geometry.temporal, edge, edge, device="meta")
+        z = torch.empty(1, geometry.channels, 2, SMALL_LATENT, SMALL_LATENT, device="meta")
+        sides = (size[0] // geometry.spatial, size[1] // geometry.spatial)
+        ways = ((self._encode, x, size), (self._decode, z, sides))
+        work = [each for stages, start, sides in ways for each in _work(stages, start, sides)]
+        return sum(whole * times for whole, times in work) / sum(whole for whole, _ in work)
+
 
 @dataclass(frozen=True)
-class _TiledStage:
+class TiledStage:
     """A stage, and the most positions of its output that a tile may have."""
 
     stage: Stage
     most: Size
+    sample: Sample | None = None
 
     def run(self, tensors: Tensors, stream: Stream | None) -> Tensors:
         """What the stage makes of whole frames."""
-        sides = tuple(side // self.stage.down * self.stage.up for side in tensors[0].shape[3:])
-        if not self.stage.local or all(side <= most for side, most in zip(sides, self.most, strict=True)):
+        height, width = tensors[0].shape[3:]
+        tiles = self.tiles((height, width))
+        if len(tiles) == 1:
             return self.stage.run(tensors, stream)
-        rows, columns = (cuts(side, most) for side, most in zip(sides, self.most, strict=True))
+        stream = None if stream is None else stream.part(self.stage)
+        if self.sample is not None:
+            areas = [_area(self.needs(tile, (height, width))) for tile in tiles]
+            tiles = [self.sample.one_of(tiles, areas=areas, stream=stream)]
         whole: Tensors = ()
-        for tile in product(rows, columns):
-            made = self._tile(tensors, tile, None if stream is None else stream.part((self, tile)))
-            whole = whole or tuple(each.new_empty(*each.shape[:3], *sides) for each in made)
+        for tile in tiles:
+            made = self._tile(tensors, tile, None if stream is None else stream.part(tile))
+            whole = whole or tuple(
+                each.new_empty(*each.shape[:3], *self.made((height, width))) for each in made
+            )
             for frame, part in zip(whole, made, strict=True):
                 _at(frame, tile).copy_(part)
         return whole
 
-    def _tile(self, tensors: Tensors, tile: tuple[Span, Span], stream: Stream | None) -> Tensors:
-        stage, sides = self.stage, tensors[0].shape[3:]
-        needed = [stage.needs(*span) for span in tile]
-        rows, columns = (
-            (max(0, start), min(side, stop)) for (start, stop), side in zip(needed, sides, strict=True)
+    def made(self, sides: Size) -> Size:
+        """Height and width of the output of this input."""
+        down, up = self.stage.down, self.stage.up
+        return sides[0] // down * up, sides[1] // down * up
+
+    def tiles(self, sides: Size) -> list[Tile]:
+        """Tiles of the output, for whole frames of this input; one if the stage is not to be cut."""
+        height, width = self.made(sides)
+        if not self.stage.local:
+            return [((0, height), (0, width))]
+        return list(product(cuts(height, self.most[0]), cuts(width, self.most[1])))
+
+    def needs(self, tile: Tile, sides: Size) -> Tile:
+        """What a tile sees of an input of this size."""
+        (first, last), (left, right) = (self.stage.needs(*span) for span in tile)
+        return (max(0, first), min(sides[0], last)), (max(0, left), min(sides[1], right))
+
+    def times(self, sides: Size) -> float:
+        """Area that it works on for an input of this size, over that of whole frames."""
+        tiles = self.tiles(sides)
+        return (
+            1.0
+            if len(tiles) == 1
+            else sum(_area(self.needs(tile, sides)) for tile in tiles) / math.prod(sides)
         )
-        made = stage.run(tuple(_at(each, (rows, columns)) for each in tensors), stream)
-        top, left = (first // stage.down * stage.up for first, _ in (rows, columns))
+
+    def _tile(self, tensors: Tensors, tile: Tile, stream: Stream | None) -> Tensors:
+        height, width = tensors[0].shape[3:]
+        needed = self.needs(tile, (height, width))
+        made = self.stage.run(tuple(_at(each, needed) for each in tensors), stream)
+        top, left = self.made((needed[0][0], needed[1][0]))
         (first, last), (left_column, right_column) = tile
         inside = (first - top, last - top), (left_column - left, right_column - left)
         return tuple(_at(each, inside) for each in made)
 
 
-def _in_tiles(stages: Sequence[Stage], *, tile: Size, scale: int) -> list[_TiledStage]:
-    """scale: pixels along an edge of the first input's positions."""
+def _work(stages: Sequence[TiledStage], x: Tensor, sides: Size) -> Iterator[tuple[int, float]]:
+    """Operations of each stage on x, and how many times over it works on an input of this size."""
+    tensors: Tensors = (x,)
+    for each in stages:
+        with FlopCounterMode(display=False) as counter:
+            tensors = each.stage.run(tensors, None)
+        yield counter.get_total_flops(), each.times(sides)
+        sides = each.made(sides)
+
+
+def in_tiles(
+    stages: Sequence[Stage], *, tile: Size, scale: int, sample: Sample | None = None
+) -> list[TiledStage]:
+    """The stages with sizes of their tiles.
+
+    tile: in pixels, of the stage that has the pixels. scale: pixels along an edge of the first input's
+    positions.
+    """
     scales = [scale]
     for stage in stages:
         scales.append(scales[-1] * stage.down // stage.up)
     finest = [stage.finest(before) for stage, before in zip(stages, scales, strict=False)]
     smallest = min(finest)
-    return [
-        _TiledStage(stage, (tile[0] * fine // smallest // after, tile[1] * fine // smallest // after))
-        for stage, fine, after in zip(stages, finest, scales[1:], strict=True)
+    sizes = [
+        (tile[0] * fine // smallest // after, tile[1] * fine // smallest // after)
+        for fine, after in zip(finest, scales[1:], strict=True)
     ]
+    return [TiledStage(stage, size, sample) for stage, size in zip(stages, sizes, strict=True)]
 
 
-def _through(stages: Sequence[_TiledStage], x: Tensor, stream: Stream | None) -> Tensor:
+def _through(stages: Sequence[TiledStage], x: Tensor, stream: Stream | None) -> Tensor:
     tensors: Tensors = (x,)
     for each in stages:
         tensors = each.run(tensors, stream)
@@ -149,6 +232,7 @@ class BlendedTiles:
     tile: Size
     overlap: Size
     tally: Tally = field(default_factory=Tally)
+    sample: Sample | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -159,7 +243,7 @@ class BlendedTiles:
         """x: b 3 t h w in [-1, 1], h and w multiples of the spatial factor."""
         factor, certain = self.geometry.spatial, False
 
-        def made(tile: tuple[Span, Span]) -> Tensor:
+        def made(tile: Tile) -> Tensor:
             nonlocal certain
             (top, bottom), (left, right) = tile
             piece = x[..., top * factor : bottom * factor, left * factor : right * factor]
@@ -168,26 +252,41 @@ class BlendedTiles:
             return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
         sides = (x.shape[3] // factor, x.shape[4] // factor)
-        mean, logvar = self._blend(made, sides, scale=1, judged=self.geometry.channels).chunk(2, dim=1)
+        tiles = self._tiles(sides, stream)
+        moments = self._blend(made, tiles, sides=sides, scale=1, judged=self.geometry.channels)
+        mean, logvar = moments.chunk(2, dim=1)
         return Posterior(mean, logvar, certain)
 
     def decode(self, z: Tensor, stream: Stream | None = None) -> Tensor:
         """z: b c k h w -> b 3 t h w, unclamped."""
 
-        def made(tile: tuple[Span, Span]) -> Tensor:
+        def made(tile: Tile) -> Tensor:
             return self.vae.decode(_at(z, tile), None if stream is None else stream.part(tile))
 
-        return self._blend(made, (z.shape[3], z.shape[4]), scale=self.geometry.spatial, judged=3)
+        sides = (z.shape[3], z.shape[4])
+        return self._blend(
+            made, self._tiles(sides, stream), sides=sides, scale=self.geometry.spatial, judged=3
+        )
+
+    def times(self, sides: Size) -> float:
+        """Area that it works on for a latent of this size, over that of whole frames."""
+        return sum(map(_area, self._cuts(sides))) / math.prod(sides)
 
     def _blend(
-        self, made: Callable[[tuple[Span, Span]], Tensor], sides: Size, *, scale: int, judged: int
+        self,
+        made: Callable[[Tile], Tensor],
+        tiles: Sequence[Tile],
+        *,
+        sides: Size,
+        scale: int,
+        judged: int,
     ) -> Tensor:
         """made: what the model gives for a tile of the latent's positions, of which there are `sides`.
 
         scale: positions of that for each of the latent. judged: channels that the tally compares.
         """
         whole = weights = None
-        for tile in self._tiles(sides):
+        for tile in tiles:
             part = at_least_fp32(made(tile))
             rows, columns = ((scale * start, scale * stop) for start, stop in tile)
             height, width = (scale * side for side in sides)
@@ -212,13 +311,20 @@ class BlendedTiles:
             before = whole / weights.clamp(min=torch.finfo(weights.dtype).tiny)
             self.tally.add((part - before) * known, before, values=values)
 
-    def _tiles(self, sides: Size) -> Iterator[tuple[Span, Span]]:
+    def _tiles(self, sides: Size, stream: Stream | None) -> list[Tile]:
+        """Tiles of a latent of this size; one of them for a prediction."""
+        tiles = self._cuts(sides)
+        if self.sample is None:
+            return tiles
+        return [self.sample.one_of(tiles, areas=[_area(tile) for tile in tiles], stream=stream)]
+
+    def _cuts(self, sides: Size) -> list[Tile]:
         factor = self.geometry.spatial
         rows, columns = (
             overlapping_cuts(side, most // factor, overlap=self._over(axis))
             for axis, (side, most) in enumerate(zip(sides, self.tile, strict=True))
         )
-        return product(rows, columns)
+        return list(product(rows, columns))
 
     def _over(self, axis: int) -> int:
         """Positions of the latent in which neighbours overlap."""
@@ -234,7 +340,11 @@ def _ramp(span: Span, length: int, *, over: int, like: Tensor) -> Tensor:
     return (torch.minimum(rising, falling) / over).clamp(max=1.0)
 
 
-def _at(x: Tensor, tile: tuple[Span, Span]) -> Tensor:
+def _area(tile: Tile) -> int:
+    return math.prod(stop - start for start, stop in tile)
+
+
+def _at(x: Tensor, tile: Tile) -> Tensor:
     """A view of a tile: ... h w."""
     (top, bottom), (left, right) = tile
     return x[..., top:bottom, left:right]

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+# The second under torch.inference_mode.
+ASK_FOR_A_NUMBER = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)
+
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -52,7 +55,7 @@ class LiveBytes(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run an operator and count what it made. Numbers that a step asks for are ones: all is finite."""
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func in ASK_FOR_A_NUMBER:
             return args[0].dtype == torch.bool or 1.0
         result = func(*args, **(kwargs or {}))
         self.hold(result)

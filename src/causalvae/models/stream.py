@@ -43,6 +43,12 @@ class Stream:
         part.last = self.last
         return part
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the frames that are kept."""
+        own = sum(frames.numel() * frames.element_size() for frames in self._kept.values())
+        return own + sum(part.num_bytes for part in self._parts.values())
+
 
 def causal_window(owner: nn.Module, x: Tensor, *, kernel: int, stride: int, stream: Stream | None) -> Tensor:
     """x with its past in front: b c t h w -> b c (past + t) h w.
