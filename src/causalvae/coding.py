@@ -18,7 +18,7 @@ from causalvae.machine import amount
 from causalvae.models.build import Model
 from causalvae.models.diffusers import DiffusersVAE
 from causalvae.models.layers import FrameAttention
-from causalvae.models.meta import LiveBytes, on_meta, tensors_of
+from causalvae.models.meta import LIBRARIES, LiveBytes, on_meta, tensors_of
 from causalvae.tiles import BlendedTiles, ExactTiles, Sample, Size
 
 CHUNKS = (4, 2, 1)  # latent frames of a chunk
@@ -83,7 +83,7 @@ def coding_bytes(twin: Model, plan: CodingPlan, *, size: Size) -> int:
             for _ in range(pushes):
                 coder.push(torch.empty(1, channels, length, *sides))
             peaks.append(live.peak - weights + sample.missing_bytes())
-    return max(peaks)
+    return max(peaks) + LIBRARIES
 
 
 def extra_work(twin: Model, plan: CodingPlan, *, size: Size) -> float | None:

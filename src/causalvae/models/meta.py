@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+LIBRARIES = 120 * 2**20  # bytes: code that torch loads or makes at the first pass, measured on a CPU
 # The second under torch.inference_mode.
 ASK_FOR_A_NUMBER = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)
 
