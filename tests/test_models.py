@@ -1,4 +1,4 @@
-"""Laws of the models: causal, independent of neighbours, streamed = whole."""
+"""Laws of the models: causal, independent of neighbours. Streams: test_streams.py."""
 
 import dataclasses
 import math
@@ -14,7 +14,6 @@ from causalvae.models.base import Posterior
 from causalvae.models.build import Model, build
 from causalvae.models.layers import depth_to_space, space_to_depth
 from causalvae.models.presets import TINY, CausalVAEConfig, ModelConfig
-from causalvae.models.stream import DecodeStream, EncodeStream
 
 # The kinds of network there are, small: the published layers with norms per frame, and space-to-depth.
 SMALL = {
@@ -81,37 +80,6 @@ def test_reconstruction_has_the_shape_of_the_clip(vae: Model, frames: int) -> No
     recon, posterior = vae(x, None)
     assert recon.shape == x.shape
     assert posterior.mean.shape[1:] == vae.geometry.latent_shape(frames, 16, 24)
-
-
-plans = st.lists(st.integers(1, 7), min_size=1, max_size=6)
-
-
-@settings(max_examples=12, deadline=None)
-@given(frame_plan=plans, latent_plan=plans)
-@pytest.mark.parametrize("name", sorted(SMALL))
-def test_streaming_any_chunk_plan_equals_the_full_pass(
-    name: str, frame_plan: list[int], latent_plan: list[int]
-) -> None:
-    vae = trained(SMALL[name])
-    frames = sum(frame_plan)
-    x = clip(frames=frames, size=(16, 16))
-    full = x[:, :, [min(i, frames - 1) for i in range(vae.geometry.padded_frames(frames))]]
-    with torch.no_grad():
-        whole = vae.encode(full).mean
-    stream = EncodeStream(vae)
-    got = [stream.push(piece) for piece in x.split(frame_plan, dim=2)] + [stream.close()]
-    streamed = torch.cat([posterior.mean for posterior in got if posterior is not None], dim=2)
-    torch.testing.assert_close(streamed, whole, rtol=0, atol=1e-10)
-
-    z = clip(frames=sum(latent_plan), size=(2, 2))
-    z = z.repeat(1, 6, 1, 1, 1)[:, : vae.geometry.channels]
-    with torch.no_grad():
-        decoded = vae.decode(z)
-    down = DecodeStream(vae)
-    parts = [down.push(piece) for piece in z.split(latent_plan, dim=2)] + [down.close()]
-    torch.testing.assert_close(
-        torch.cat([part for part in parts if part is not None], dim=2), decoded, rtol=0, atol=1e-10
-    )
 
 
 def test_initial_weights_are_a_function_of_config_and_seed() -> None:

@@ -1,13 +1,10 @@
 """WF-VAE: wavelets, their bands, and that it streams."""
 
 import math
-from functools import cache
 
 import pytest
 import torch
 from fixtures import fixture_tensors
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from test_models import clip, trained
 from test_published import SMALL, published
 from torch import Tensor
@@ -15,7 +12,7 @@ from torch import Tensor
 from causalvae import rng
 from causalvae.models.build import Model, build
 from causalvae.models.presets import CausalVAEConfig, ModelConfig, WFVAEConfig
-from causalvae.models.stream import DecodeStream, EncodeStream, Stream
+from causalvae.models.stream import DecodeStream, EncodeStream
 from causalvae.models.wavelet import BANDS_2D, BANDS_3D, SIZE_2D, SIZE_3D, Haar, InverseHaar
 from causalvae.models.wfvae import WFVAE
 
@@ -122,33 +119,6 @@ def streamed(
     return mean, torch.cat([piece for piece in frames if piece is not None], dim=2)
 
 
-@cache
-def chunked(name: str) -> Model:
-    return trained(CHUNKED[name])
-
-
-plans = st.lists(st.integers(1, 7), min_size=1, max_size=5)
-
-
-@settings(max_examples=8, deadline=None)
-@given(frame_plan=plans, latent_plan=plans)
-@pytest.mark.parametrize("name", sorted(CHUNKED))
-def test_streaming_any_chunk_plan_equals_the_full_pass(
-    name: str, frame_plan: list[int], latent_plan: list[int]
-) -> None:
-    vae = chunked(name)
-    frames = sum(frame_plan)
-    x = clip(frames=frames, size=(16, 16))
-    padded = x[:, :, [min(i, frames - 1) for i in range(vae.geometry.padded_frames(frames))]]
-    shape = (1, vae.geometry.channels, sum(latent_plan), 2, 2)
-    z = rng.normal(shape, 5).double()
-    with torch.no_grad():
-        whole = vae.encode(padded).mean, vae.decode(z)
-    chunks = streamed(vae, x, z, plans=(frame_plan, latent_plan))
-    for piece, full in zip(chunks, whole, strict=True):
-        torch.testing.assert_close(piece, full, rtol=0, atol=1e-10)
-
-
 def test_streaming_in_fp32_is_the_full_pass_up_to_rounding() -> None:
     io = fixture_tensors("wfvae/io")
     chunks = streamed(wfvae(), io["t17.x"], io["t17.mean"], plans=([1, 4, 4, 4, 4], [1, 2, 2]))
@@ -170,18 +140,6 @@ def test_no_later_frame_changes_an_earlier_latent() -> None:
         after = vae.encode(y).mean
         assert torch.equal(before[:, :, :first], after[:, :, :first])
         assert not torch.equal(before[:, :, first], after[:, :, first])
-
-
-@torch.no_grad()
-def test_a_stream_keeps_as_much_after_a_long_clip_as_after_a_short_one() -> None:
-    vae, kept = wfvae(), list[int]()
-    for chunks in (2, 6):
-        stream = Stream()
-        for i in range(chunks):
-            x = clip(frames=5 if i == 0 else 4, size=(16, 16)).float()
-            vae.decode(vae.encode(x, stream).mean, stream)
-        kept.append(sum(tensor.numel() for tensor in stream._kept.values()))
-    assert kept[0] == kept[1]
 
 
 @torch.no_grad()
