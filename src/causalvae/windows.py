@@ -24,7 +24,7 @@ class Windows(Generic[Output]):
     run: the model, b c n h w -> b c n' h w, where n is 1 + each_in * i and n' is 1 + each_out * i for a
     window of 1 + i latent frames. wrap: what is made of the output. judged: channels of it that the tally
     compares. latents: latent frames of a window, of which `overlap` are shared with the one before;
-    latents - 1 and overlap - 1 are multiples of group.
+    latents - 1 and overlap - 1 are multiples of group, and neither is zero.
     """
 
     run: Callable[[Tensor], Tensor]
