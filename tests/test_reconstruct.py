@@ -32,7 +32,7 @@ from causalvae.video import pad_size, to_model, to_uint8
 from causalvae.weights.read import own_entries
 from causalvae.weights.tensorfiles import write_safetensors
 
-SMALL = CausalVAEConfig(hidden_size=32, hidden_size_mult=(1, 1, 1, 1), num_res_blocks=1, norm="channel")
+SMALL = CausalVAEConfig(hidden_size=8, hidden_size_mult=(1, 1, 1, 1), num_res_blocks=1, norm="channel")
 PROGRAM = [sys.executable, "-c", "from causalvae.cli import run; run()"]
 
 
@@ -150,8 +150,8 @@ def test_tiles_and_chunks_leave_the_result_of_an_exact_model_as_it_is(
 def test_a_model_that_can_not_stream_says_so_and_tells_its_seams(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    blind = weights_file(tmp_path / "clip.safetensors", replace(SMALL, norm="clip"))
-    source = write_film(tmp_path / "a.mp4", frames=60, size=(32, 32))
+    blind = weights_file(tmp_path / "clip.safetensors", replace(SMALL, norm="clip", hidden_size=32))
+    source = write_film(tmp_path / "a.mp4", frames=40, size=(16, 16))
     words = ["--checkpoint", str(blind), "--out", str(tmp_path / "out"), "--chunk", "17", "--device", "cpu"]
     assert main("reconstruct", [str(source), *words]) == 0
     found = record(tmp_path / "out" / "a.mp4")
@@ -288,7 +288,7 @@ def started(weights: Path, *words: object) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_no_half_file(number: int, status: int, weights: Path, tmp_path: Path) -> None:
-    source = write_film(tmp_path / "a.mp4", frames=3000)
+    source = write_film(tmp_path / "a.mp4", frames=1000, size=(16, 16))
     process = started(weights, source, tmp_path / "out")
     process.send_signal(number)
     _, errors = process.communicate()
@@ -303,7 +303,7 @@ def test_after_a_kill_the_same_command_finishes_and_nothing_is_left_over(
     folder = tmp_path / "in"
     folder.mkdir()
     write_film(folder / "a.mp4", frames=3)
-    write_film(folder / "b.mp4", frames=300)
+    write_film(folder / "b.mp4", frames=200, size=(16, 16))
     assert reconstruct(folder / "a.mp4") == 0
     process = started(weights, folder, tmp_path / "out")
     process.kill()
@@ -311,7 +311,7 @@ def test_after_a_kill_the_same_command_finishes_and_nothing_is_left_over(
     assert list((tmp_path / "out").glob(".*.partial"))
     assert reconstruct(folder) == 0
     assert "1 reconstructed, 1 were there already" in capsys.readouterr().out
-    assert open_film(tmp_path / "out" / "b.mp4").frames == 300
+    assert open_film(tmp_path / "out" / "b.mp4").frames == 200
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         f"{name}.mp4{end}" for name in "ab" for end in ("", ".json")
     ]
@@ -329,8 +329,8 @@ sys.exit(status)
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_length_of_a_video(weights: Path, tmp_path: Path) -> None:
     peaks: list[int] = []
-    for frames in (400, 3200):
-        source = write_film(tmp_path / f"{frames}.mp4", frames=frames, size=(64, 64))
+    for frames in (100, 800):
+        source = write_film(tmp_path / f"{frames}.mp4", frames=frames, size=(32, 32))
         flags = ["--checkpoint", str(weights), "--out", str(tmp_path / "out"), "--device", "cpu"]
         done = subprocess.run(
             [sys.executable, "-c", PEAK, str(source), *flags, "--chunk", "16"],
