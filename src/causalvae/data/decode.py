@@ -11,11 +11,12 @@ import os
 import re
 import stat
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -326,32 +327,31 @@ def _numbered(
 
 def _index_by_packets(name: str, stamp: tuple[int, int, int]) -> FrameIndex | None:
     """The index by presentation times, without decoding, or None where packets don't tell the order."""
+    count, shown_at, keys = 0, array("q"), list[tuple[int, int]]()
     with opened(name) as (container, stream):
-        packets = [
-            (packet.pts, packet.dts, packet.is_keyframe)
-            for packet in container.demux(stream)
-            if packet.size and not packet.is_discard and _is_shown(packet, stream)
-        ]
+        for packet in container.demux(stream):
+            if not packet.size or packet.is_discard or not _is_shown(packet, stream):
+                continue
+            count += 1
+            if packet.pts is not None:
+                shown_at.append(packet.pts)
+                if packet.is_keyframe:
+                    keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
         timed = bool(TIMED_FORMATS & set(container.format.name.split(",")))
         timed = timed or (container.format.name == "avi" and not stream.codec_context.has_b_frames)
-        closed = stream.codec_context.name in CLOSED_CODECS or all(is_key for _, _, is_key in packets)
-    if len(packets) <= 1:
-        return _bare_index(stamp, len(packets))
-    times = sorted(pts for pts, _, _ in packets if pts is not None)
-    ordered = len(times) == len(packets) == len(set(times)) and packets[0][2] and packets[0][0] == times[0]
-    if not (timed and ordered):
+        closed = stream.codec_context.name in CLOSED_CODECS or len(keys) == count
+    if count <= 1:
+        return _bare_index(stamp, count)
+    times = array("q", sorted(shown_at))
+    ordered = len(times) == count and all(a < b for a, b in pairwise(times))
+    if not (timed and ordered and keys and keys[0][0] == shown_at[0] == times[0]):
         return None
-    number = {pts: i for i, pts in enumerate(times)}
-    keys = sorted(
-        (number[pts], pts if dts is None else dts)
-        for pts, dts, is_key in packets
-        if is_key and pts is not None
-    )
+    keys.sort()
     return FrameIndex(
         stamp,
-        len(times),
-        array("q", times),
-        array("q", [key for key, _ in keys]),
+        count,
+        times,
+        array("q", [bisect_left(times, pts) for pts, _ in keys]),
         array("q", [time for _, time in keys]),
         by_position=False,
         lead=0 if closed else 1,
