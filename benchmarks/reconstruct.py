@@ -20,7 +20,7 @@ import av.error
 import torch
 from av.filter import Graph
 
-from causalvae.coding import CodingPlan, decoder, encoder
+from causalvae.coders import CodingPlan, decoder, encoder
 from causalvae.data.codings import CODECS
 from causalvae.data.films import open_film, read_pieces
 from causalvae.data.sources import CLIPS

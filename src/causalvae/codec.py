@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from causalvae import rng
-from causalvae.coding import Coder, CodingPlan, decoder, encoder, plan_coding
+from causalvae.coders import Coder, CodingPlan, decoder, encoder
+from causalvae.coding import plan_coding
 from causalvae.data.codings import CODECS, CodecName
 from causalvae.data.films import Film, open_film, read_pieces
 from causalvae.data.writer import film_writer

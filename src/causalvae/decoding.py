@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from causalvae.bars import progress_bars
-from causalvae.coding import CodingPlan, decoder, plan_coding
+from causalvae.coders import CodingPlan, decoder
+from causalvae.coding import plan_coding
 from causalvae.data.codings import CODECS, CodecName
 from causalvae.data.writer import FilmWriter, PictureWriter, check_encoder, picture_writer, silent_writer
 from causalvae.errors import ConfigError, RunError

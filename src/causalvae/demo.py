@@ -66,8 +66,13 @@ class DemoResult:
 def demo(*, output_dir: Path, seed: int = 0, max_steps: int = 80) -> DemoResult:
     """Train, compare before and after on the held-back clip, and write pictures of it."""
     started = time.monotonic()
-    length = {"max_steps": max_steps, "lr_warmup_steps": min(10, max_steps // 2)}
-    chosen = SETTINGS | length | {"output_dir": str(output_dir), "seed": seed}
+    chosen = {
+        **SETTINGS,
+        "output_dir": str(output_dir),
+        "seed": seed,
+        "max_steps": max_steps,
+        "lr_warmup_steps": min(10, max_steps // 2),
+    }
     settings = TrainSettings(**chosen)
     given = {name: Given(value, "causalvae demo") for name, value in chosen.items()}
     result = train(settings, given=given, command=("causalvae", "demo"))

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from causalvae import rng
 from causalvae.bars import progress_bars
-from causalvae.coding import CodingPlan, encoder, plan_coding
+from causalvae.coders import CodingPlan, encoder
+from causalvae.coding import plan_coding
 from causalvae.data.captions import caption_record
 from causalvae.data.readahead import in_turn
 from causalvae.data.sources import ClipSource, VideoRef

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import torch
 
-from causalvae.coding import CodingPlan, plan_coding
+from causalvae.coders import CodingPlan
+from causalvae.coding import plan_coding
 from causalvae.data.codings import CODECS
 from causalvae.data.decode import file_stamp, printable
 from causalvae.data.films import Film, open_film
@@ -110,8 +111,7 @@ def reconstruct(
     """Reconstruct files, folders and lists of videos and pictures into a folder.
 
     What an earlier call finished in the same way is kept; what else is there is refused, or replaced with
-    `overwrite`. A video that can't be read is left out and told. say: is given a line for each
-    result.
+    `overwrite`. A video that can't be read is left out and told. say: is given a line for each result.
     """
     job = _Job(opened=opened, manner=manner or Manner(), cut=cut or Cut())
     ending = CODECS[job.manner.codec].ending

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from causalvae import rng
-from causalvae.coding import Coder, CodingPlan, decoder, encoder
+from causalvae.coders import Coder, CodingPlan, decoder, encoder
 from causalvae.data.codings import CODECS, CodecName
 from causalvae.data.encode import side_by_side
 from causalvae.data.films import Film, read_pieces
