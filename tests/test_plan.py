@@ -18,7 +18,7 @@ from causalvae.errors import ConfigError
 from causalvae.flags import MemoryBudget
 from causalvae.losses import CRITICS, LossPlan
 from causalvae.models.build import build, skeleton
-from causalvae.models.meta import LIBRARIES, LiveBytes
+from causalvae.models.meta import LiveBytes
 from causalvae.models.presets import PRESETS
 from causalvae.train.networks import lay_out
 from causalvae.train.optim import OptimizerKind, build_optimizer
@@ -33,7 +33,7 @@ from causalvae.train.plan import (
     smaller,
 )
 from causalvae.train.precision import Level, Precision, lower
-from causalvae.train.predict import blueprint, step_bytes
+from causalvae.train.predict import LIBRARIES, blueprint, step_bytes
 from causalvae.train.state import TrainState
 from causalvae.train.step import train_step
 

@@ -18,7 +18,7 @@ from causalvae.machine import amount
 from causalvae.models.build import Model
 from causalvae.models.diffusers import DiffusersVAE
 from causalvae.models.layers import FrameAttention
-from causalvae.models.meta import LIBRARIES, LiveBytes, on_meta, tensors_of
+from causalvae.models.meta import LiveBytes, cpu_scratch, on_meta, tensors_of
 from causalvae.tiles import BlendedTiles, ExactTiles, Sample, Size
 
 CHUNKS = (4, 2, 1)  # latent frames of a chunk
@@ -27,6 +27,7 @@ SHARED = 3  # latent frames that windows share, or a group more: their weights a
 TILES = (1024, 512, 256, 128)  # pixels along an edge
 OVERLAP = 8  # a blended tile shares one part in eight of its edge
 PUSHES = 3  # of a stream, after which its memory no longer grows
+REST = 40 * 2**20  # bytes: code that torch loads, and memory that is freed and kept; measured on a CPU
 MUCH_WORK = 0.3  # work that tiles add, from which on it is told
 TileWish = Literal["auto", "off"] | Size
 
@@ -53,10 +54,10 @@ def plan_coding(
     plans = list(_plans(vae, size=size, tile=tile, chunk=chunk))
     if budget is None and plans[0].tile is None:
         return replace(plans[0], notes=_notes(vae, plans[0]))
-    twin = on_meta(vae)
+    twin, cpu = on_meta(vae), next(vae.parameters()).device.type != "cuda"
     tried: list[CodingPlan] = []
     for plan in plans:
-        num_bytes = coding_bytes(twin, plan, size=size)
+        num_bytes = coding_bytes(twin, plan, size=size, cpu=cpu)
         tried.append(replace(plan, num_bytes=num_bytes))
         if budget is None or num_bytes <= budget:
             break
@@ -66,24 +67,25 @@ def plan_coding(
     return replace(best, notes=notes)
 
 
-def coding_bytes(twin: Model, plan: CodingPlan, *, size: Size) -> int:
+def coding_bytes(twin: Model, plan: CodingPlan, *, size: Size, cpu: bool = True) -> int:
     """Memory beside the weights that coding takes: the larger of encoding and decoding.
 
-    twin: the model on the meta device, where a few chunks, or two windows, go through it.
+    twin: the model on the meta device, where a few chunks, or two windows, go through it. cpu: it will run on
+    one, where convolutions take memory of their own.
     """
-    geometry, peaks = twin.geometry, []
+    geometry, peaks, scratch = twin.geometry, [], cpu_scratch if cpu else None
     latents = max(1, plan.chunk // geometry.temporal)
     pushes = PUSHES if plan.window is None else 2 + geometry.latent_frames(plan.window) // latents
     ways = ((encoder, 3, plan.chunk, size), (decoder, geometry.channels, latents, _latent(geometry, size)))
     for coder_of, channels, length, sides in ways:
         sample = Sample()
-        with LiveBytes() as live, torch.device("meta"):
+        with LiveBytes(scratch) as live, torch.device("meta"):
             live.hold(*tensors_of(twin))
             weights, coder = live.bytes, coder_of(twin, plan, sample=sample)
             for _ in range(pushes):
                 coder.push(torch.empty(1, channels, length, *sides))
             peaks.append(live.peak - weights + sample.missing_bytes())
-    return max(peaks) + LIBRARIES
+    return max(peaks) + REST
 
 
 def extra_work(twin: Model, plan: CodingPlan, *, size: Size) -> float | None:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from causalvae.losses import LossPlan
 from causalvae.models.build import Model
-from causalvae.models.meta import LIBRARIES, LiveBytes, meta_twin, on_meta, tensors_of
+from causalvae.models.meta import LiveBytes, meta_twin, on_meta, tensors_of
 from causalvae.train.optim import MasterWeights, OptimizerKind, named
 from causalvae.train.state import TrainState
 from causalvae.train.step import train_step
@@ -28,6 +28,7 @@ MOMENTS: dict[OptimizerKind, float] = {
     "sgd": 1.0,
     "lion": 1.0,
 }  # fp32 values per weight
+LIBRARIES = 120 * 2**20  # bytes: code that torch loads or makes at the first step, measured on a CPU
 
 PLAIN = LossPlan()
 
