@@ -3,7 +3,7 @@
     python benchmarks/latents.py [--count 20000] [--shape 5 4 32 32]
 
 Makes a set of random numbers in the folder for temporary files (820 MB with these flags), reads it once so
-that it is in memory, and then reads all of it in each way. The second number is for machines that do other work.
+that it is in memory, and then reads all of it in each way. The second number is for busy machines.
 """
 
 import argparse

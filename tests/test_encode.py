@@ -25,7 +25,8 @@ from causalvae.encoding import Share
 from causalvae.errors import RunError
 from causalvae.footage import Cut
 from causalvae.locks import Lock
-from causalvae.models.build import Model
+from causalvae.models.build import Model, build
+from causalvae.models.presets import CausalVAEConfig
 from causalvae.moments import ChannelMoments
 
 
@@ -79,6 +80,29 @@ def test_latents_of_whole_videos_are_those_of_the_full_pass(weights: Path, tmp_p
         torch.testing.assert_close(found[name].transpose(0, 1)[None], tensor, atol=1e-5, rtol=1e-5)
     (record,) = lines(out / "index.jsonl")
     assert (record["frames"], record["height"], record["width"], record["fps"]) == (22, 30, 34, [25, 2])
+
+
+def test_a_model_that_cannot_stream_takes_clips_whole_and_says_where_it_blends(
+    videos: Path, tmp_path: Path
+) -> None:
+    vae = build(CausalVAEConfig(norm="clip", hidden_size=32, hidden_size_mult=(1, 1), num_res_blocks=1,
+        flat_levels=1, spatial_levels=(0,), temporal_levels=(0,)))  # fmt: skip
+    cut = Cut(frames=18, per_video=2)
+    clips = Job(vae=vae.eval().requires_grad_(False), dtype="fp32", container="safetensors", cut=cut)
+    done = clips.encode(videos, tmp_path / "clips")
+    assert (len(done.broken), done.notes) == (2, ())
+    for record in lines(tmp_path / "clips" / "index.jsonl"):
+        wanted = vae.encode(clip_input(videos / record["video"], range(18), vae)).mean[0].transpose(0, 1)
+        found = load_file(tmp_path / "clips" / record["file"])["mean"]
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+        assert "seams" not in record
+    long = write_film(tmp_path / "long.mp4", frames=60, size=(32, 32))
+    done = replace(clips, cut=Cut()).encode(long, tmp_path / "whole")
+    (record,) = lines(tmp_path / "whole" / "index.jsonl")
+    assert record["tensors"]["mean"]["shape"][0] == vae.geometry.latent_frames(60)
+    assert record["coding"]["exact"] is False
+    assert record["seams"]["time"]["mean"] > 0
+    assert "can't stream" in done.notes[0]
 
 
 def test_the_statistics_are_those_of_the_numbers_that_are_stored(

@@ -90,6 +90,7 @@ class Maker:
     def plan(self, footage: Footage) -> CodingPlan:
         """How this footage is cut. A clip goes through the model whole, as in training, if there is room."""
         height, width = map(self.vae.geometry.padded_size, footage.size)
+        frames = footage.cut.frames
         if (height, width) not in self.plans:
             plan = plan_coding(
                 self.vae,
@@ -97,10 +98,9 @@ class Maker:
                 width=width,
                 tile=self.recipe.tile,
                 budget=self.recipe.budget,
-                chunk=footage.cut.frames,
+                chunk=None if frames is None else self.vae.geometry.padded_frames(frames),
             )
             self.plans[height, width] = plan
-            self.notes |= dict.fromkeys(plan.notes)
         return self.plans[height, width]
 
 
@@ -224,9 +224,9 @@ def _through(maker: Maker, footage: Footage, items: Iterator[Item], *, writing: 
         left -= pixels.shape[2]
     writing.add(coder.close())
     assert writing.at == writing.places[0].sample.shape[0], "as many latent frames as were announced"
-    if plan.exact:
-        return {}
-    return {"coding": plan.facts(), **({} if coder.seams is None else {"seams": coder.seams.facts()})}
+    if plan.exact or coder.seams is not None:  # a clip that fits into one window is no matter of blending
+        maker.notes |= dict.fromkeys(plan.notes)
+    return {} if coder.seams is None else {"coding": plan.facts(), "seams": coder.seams.facts()}
 
 
 class Writing:
