@@ -187,7 +187,7 @@ def test_killed_anywhere_and_given_again_it_writes_the_same_bytes(
         assert digests(out) == digests(whole)
         assert not list(out.rglob(".*"))
         shutil.rmtree(out)
-        number += 5
+        number += 7
     assert killed > 8
 
 

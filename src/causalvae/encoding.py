@@ -4,7 +4,7 @@ What is written is a function of the videos, the model and the flags. A process 
 the last video that it finished, and what comes out is bitwise what an uninterrupted one makes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,7 +25,7 @@ from causalvae.errors import VideoError
 from causalvae.flags import printable
 from causalvae.footage import Cut, Footage, take
 from causalvae.latentfiles import NUMBERS, TENSORS, DtypeName, Place, Record, Sample
-from causalvae.latentset import LatentSet, Merged, PartRecords, merge, moments_to_record, open_set
+from causalvae.latentset import Merged, PartRecords, merge, moments_to_record, open_set
 from causalvae.models.base import Posterior
 from causalvae.models.build import Model
 from causalvae.moments import ChannelMoments
@@ -33,7 +33,6 @@ from causalvae.video import pad_size, to_model
 
 Store = Literal["mean", "moments", "sample"]
 Item = Footage | Tensor
-Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,20 +115,26 @@ def encode_videos(
     if found.facts["memory_bytes"] != maker.recipe.budget:  # another would cut videos in another way
         maker = replace(maker, recipe=replace(maker.recipe, budget=found.facts["memory_bytes"]))
     mine = [part for part in found.missing_parts() if part % share.of == share.number]
-    records: list[Record] = []
+    broken: list[Record] = []
+    done = 0
     with progress_bars() as track:
         advance = track("encoding", sum(len(found.videos_of(part)) for part in mine))
         for part in mine:
             with found.held(part):
                 made = PartRecords(found, part)
                 advance(made.done)
-                records += _make_part(
-                    made, found, part=part, source=source, maker=maker, workers=workers, advance=advance
-                )
+                numbers = found.videos_of(part)[made.done :]
+                with closing(
+                    _make_part(made, source, numbers=numbers, maker=maker, workers=workers)
+                ) as records:
+                    for record in records:
+                        broken += [record] if "reason" in record else []
+                        done += 1
+                        advance(1)
     missing = len(found.missing_parts())
     return Encoded(
-        done=len(records),
-        broken=[record for record in records if "reason" in record],
+        done=done,
+        broken=broken,
         missing=missing,
         merged=merge(found) if missing == 0 else None,
         notes=(*notes, *maker.notes),
@@ -137,31 +142,20 @@ def encode_videos(
 
 
 def _make_part(
-    made: PartRecords,
-    found: LatentSet,
-    *,
-    part: int,
-    source: ClipSource,
-    maker: Maker,
-    workers: int,
-    advance: Advance,
-) -> list[Record]:
-    """Make what is missing of a part; the records of that."""
-    numbers = found.videos_of(part)[made.done :]
+    made: PartRecords, source: ClipSource, *, numbers: range, maker: Maker, workers: int
+) -> Generator[Record]:
+    """Make what is missing of a part, these videos; the record of each when it is done."""
     videos = [source[number] for number in numbers]
-    records: list[Record] = []
     takes = (partial(take, video, maker.recipe.cut) for video in videos)
     try:
         with closing(in_turn(takes, workers=workers)) as turns:
             for items, number, video in zip(turns, numbers, videos, strict=True):
                 record = _make(video, items, number=number, made=made, maker=maker)
                 made.add(record)
-                records.append(record)
-                advance(1)
+                yield record
         made.finish()
     finally:
         made.files.close()
-    return records
 
 
 def _make(video: VideoRef, items: Iterator[Item], *, number: int, made: PartRecords, maker: Maker) -> Record:

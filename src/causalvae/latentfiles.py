@@ -9,7 +9,7 @@ them. What is written depends on nothing but samples and numbers: no time, no ow
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,9 +205,9 @@ class TarPart:
         return first
 
 
-def tar_bytes(records: Iterable[Record]) -> int:
-    """Bytes of the tar file of a part with these records."""
-    return max((record.get("end", 0) for record in records), default=0) + len(TAR_END)
+def tar_bytes(end: int) -> int:
+    """Bytes of a tar file whose last video ends there."""
+    return end + len(TAR_END)
 
 
 class FolderPart:

@@ -72,7 +72,7 @@ class LatentSet:
         records, place = self.records_of(part), self.path / self.name_of(part)
         if not records.is_file() or not place.exists():
             return False
-        return place.is_dir() or place.stat().st_size == tar_bytes(read_records(records))
+        return place.is_dir() or place.stat().st_size == tar_bytes(_last_end(records))
 
     def missing_parts(self) -> list[int]:
         """Parts that are not whole."""
@@ -268,17 +268,32 @@ def _write(found: LatentSet, index: Path, quarantine: Path, stats: Path) -> Merg
     return Merged(samples=samples, broken=broken)
 
 
+def _last_end(path: Path) -> int:
+    """Where the last video in a tar file ends, by the records of a part."""
+    for line in reversed(path.read_bytes().splitlines()):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise _damaged(path) from error
+        if "end" in record:
+            return int(record["end"])
+    return 0
+
+
+def _damaged(path: Path) -> RunError:
+    return RunError(
+        f"{path}: damaged; remove this file, and the command makes that part of the set anew", status=1
+    )
+
+
 def read_records(path: Path) -> Iterator[Record]:
     """The records of a part that is whole. RunError if the file is damaged."""
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+        for line in file:
             try:
                 yield json.loads(line)
             except ValueError as error:
-                raise RunError(
-                    f"{path}, line {number}: damaged; remove this file, and the command makes the part anew",
-                    status=1,
-                ) from error
+                raise _damaged(path) from error
 
 
 def moments_to_record(moments: ChannelMoments) -> Record:
