@@ -19,7 +19,7 @@ TORCH_FROM_HERE = "-- torch from here --"
 LINES = f"""
 errors  texts
 geometry  models.presets
-flags  flagtext  config  weightflags  reportflags  evalflags
+flags  flagtext  config  weightflags  reportflags  evalflags  foreignflags
 files  locks  fetch  rundir  machine
 report.records  report.evals  report.charts  report.films  report.views  report.build  report.watch
 {TORCH_FROM_HERE}
@@ -145,6 +145,7 @@ def test_only_the_trainer_and_the_demo_see_the_settings() -> None:
     allowed = {
         "config",
         "cli",
+        "foreignflags",
         "train.parts",
         "train.networks",
         "train.loop",

@@ -108,7 +108,7 @@ def test_the_sample_clips_are_there_and_the_held_back_one_is_not_trained_on() ->
     ("name", "words"),
     [
         ("nothing/here", ["no such file or folder", "sample:"]),
-        ("datasets/UCF101/train", ["crcv.ucf.edu", "`--video_path sample:` works"]),
+        ("datasets/UCF101/train", ["crcv.ucf.edu", "unrar x", "`--video_path sample:` works"]),
         ("shards-{000..999}.tar", ["there is no file", "shards-000.tar"]),
         ("a\0b", ["a\\x00b: there is no such file"]),
         ("x" * 5000, ["not a path"]),
@@ -139,3 +139,27 @@ def test_a_line_of_a_list_that_names_nothing_is_pointed_at(line: str, tmp_path: 
     (tmp_path / "list.jsonl").write_text(f'"a.mp4"\n{line}\n')
     with pytest.raises(ConfigError, match="line 2"):
         open_source(str(tmp_path / "list.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("videos", "lists"), [("UCF-101", "ucfTrainTestlist"), (".", "."), ("ucf/UCF-101", "ucf")]
+)
+@pytest.mark.parametrize("numbered", [True, False])
+def test_the_split_files_of_ucf101_are_lists_of_its_videos(
+    videos: str, lists: str, numbered: bool, tmp_path: Path
+) -> None:
+    names = ["YoYo/v_YoYo_g08_c01.avi", "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi"]
+    films = [touch(tmp_path / videos / name) for name in names]
+    file = touch(tmp_path / lists / ("trainlist01.txt" if numbered else "testlist01.txt"))
+    file.write_text(
+        "".join(f"{name} {9 - i}\r\n" if numbered else f"{name}\n" for i, name in enumerate(names))
+    )
+    source = open_source(str(file))
+    assert ids(source) == names
+    assert [Path(source[i].path).resolve() for i in range(2)] == [film.resolve() for film in films]
+
+
+def test_a_list_that_is_no_split_of_ucf101_keeps_its_lines_as_they_are(tmp_path: Path) -> None:
+    lines = ["YoYo/v_YoYo_g08_c01.avi 1", "my film 1"]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    assert ids(open_source(str(tmp_path / "list.txt"))) == lines

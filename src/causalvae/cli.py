@@ -19,6 +19,7 @@ from causalvae.errors import CausalVAEError, ConfigError, exit_status
 from causalvae.evalflags import CompareSettings, EvalSettings
 from causalvae.flags import closest, printable
 from causalvae.flagtext import default_texts
+from causalvae.foreignflags import translate
 from causalvae.models.presets import PARAMETERS, PRESETS
 from causalvae.reportflags import ReportSettings, WatchSettings, paths_of, split_words
 from causalvae.weightflags import ConvertSettings, ExportSettings, InitSettings, amount, with_places
@@ -99,11 +100,12 @@ def _wait_without_spinning() -> None:
 
 
 def _train(argv: Sequence[str]) -> int:
-    settings, given = read_settings(TrainSettings, argv)
+    ours, notes = translate(argv)
+    settings, given = read_settings(TrainSettings, ours)
     _wait_without_spinning()
     from causalvae.train.trainer import train
 
-    return train(settings, given=given, command=("causalvae", "train", *argv)).status
+    return train(settings, given=given, command=("causalvae", "train", *argv), notes=notes).status
 
 
 def _demo(argv: Sequence[str]) -> int:

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,10 @@ LIST_ENDINGS = (".txt", ".csv", ".jsonl")
 LIST_KEYS = ("video", "path", "file")  # of a CSV column or JSON field that holds the path
 CLIPS = Path(__file__).parent.parent / "clips"
 SAMPLES = {"sample:": ("bunny.webm", "city_towers.avi"), "sample:heldout": ("city_spire.mp4",)}
+UCF101 = "https://www.crcv.ucf.edu/data/UCF101.php"
+# A line of its split files: the class, a video of it by its fixed name, and in lists for training a label.
+UCF101_LINE = re.compile(r"(\w+/v_\w+_g\d\d_c\d\d\.avi)(?: \d+)?")
+UCF101_FOLDER = "UCF-101"  # beside the folder of lists, as both are unpacked
 TRY_SAMPLES = "meanwhile `--video_path sample:` works, with the clips that come with the package"
 
 
@@ -74,8 +79,9 @@ class FileSource:
 def open_source(video_path: str) -> ClipSource:
     """The source that `--video_path` names. ConfigError, with what to do, if there is none.
 
-    A folder (searched recursively), a video or image, a list (.txt: a path per line; .csv, .jsonl: a column
-    `video`, `path` or `file`), tar files (`shard-{000..012}.tar`), `sample:`, or `sample:heldout`.
+    A folder (searched recursively), a video or image, a list (.txt: a path per line, or a split of UCF101;
+    .csv, .jsonl: a column `video`, `path` or `file`), tar files (`shard-{000..012}.tar`), `sample:`, or
+    `sample:heldout`.
     """
     if video_path.startswith("sample:"):
         return _sample_source(video_path)
@@ -107,7 +113,11 @@ def _missing(path: Path) -> str:
     text = f"--video_path {printable(path)}: there is no such file or folder"
     text += f" (of that path, {printable(os.path.abspath(nearest))} exists)"
     if "ucf101" in str(path).lower():
-        text += ". UCF101 is at https://www.crcv.ucf.edu/data/UCF101.php: unpack it there or give its folder"
+        text += (
+            f". UCF101 is published at {UCF101}: fetch UCF101.rar, unpack it with `unrar x "
+            "UCF101.rar` or `7z x UCF101.rar`, and give the folder UCF-101 that comes out of it, or a list "
+            "of its train/test splits (trainlist01.txt)"
+        )
     else:
         text += ". Give a folder with videos, a video, or a list of paths"
     return f"{text}; {TRY_SAMPLES}"
@@ -158,8 +168,18 @@ def _list_source(path: Path) -> FileSource:
     if not names:
         raise ConfigError(f"--video_path {printable(path)}: the list names no video")
     folder = os.path.dirname(os.path.abspath(path))
+    splits = [UCF101_LINE.fullmatch(name.rstrip()) for name in names]
+    if all(splits):
+        names = [split[1] for split in splits if split]
+        folder = _ucf101_videos(folder, first=names[0])
     refs = (VideoRef(name, os.path.normpath(os.path.join(folder, name))) for name in names)
     return FileSource(path.name, refs)
+
+
+def _ucf101_videos(folder: str, *, first: str) -> str:
+    """Where the videos of a split file are: in its own folder, else in UCF-101 beside or in it."""
+    places = (folder, os.path.join(folder, UCF101_FOLDER), os.path.join(folder, "..", UCF101_FOLDER))
+    return next((place for place in places if os.path.exists(os.path.join(place, first))), folder)
 
 
 def _shard_source(pattern: str) -> FileSource:

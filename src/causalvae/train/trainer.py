@@ -75,15 +75,20 @@ class _Asked:
 
 
 def train(
-    settings: TrainSettings, *, given: Mapping[str, Given] | None = None, command: Sequence[str] = ()
+    settings: TrainSettings,
+    *,
+    given: Mapping[str, Given] | None = None,
+    command: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> RunResult:
     """Train until max_steps, or go on where the run stopped. Returns when it is done or a signal asked to
     stop.
 
     given: what was not a default and where it came from, for config.yaml. command: as typed, for run.json.
+    notes: on how it was read, to warn of.
     Raises ConfigError for a mistake in what was asked, RunError if the run can't start or can't go on.
     """
-    warnings = notices(settings, given)
+    warnings = [*notes, *notices(settings, given)]
     device = torch.device(pick_device(settings.device))
     source = open_source(settings.video_path)
     held_out = open_source(settings.eval_video_path) if settings.eval_video_path is not None else None
