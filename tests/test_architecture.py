@@ -19,9 +19,10 @@ TORCH_FROM_HERE = "-- torch from here --"
 LINES = f"""
 errors  texts
 geometry  models.presets
-flags  flagtext  config  weightflags  reportflags  evalflags  foreignflags
-files  locks  fetch  rundir  machine
+flags  flagtext  config  weightflags  reportflags  evalflags  foreignflags  explainflags
+files  locks  fetch  rundir  machine  commandlines  findings  asked  machinefindings  placefindings
 report.records  report.evals  report.charts  report.films  report.views  report.build  report.watch
+runfindings
 {TORCH_FROM_HERE}
 rng  video
 models.convolution  models.stream  models.norms  models.interpolation  models.fused  models.layers
@@ -42,7 +43,7 @@ train.stability  train.compiling  train.debug
 train.parallel  train.signals  train.samples  train.heldout
 train.state  train.runlog  train.replay  train.step  train.predict  train.plan  train.parts  train.networks
 train.loop  train.trainer
-explain  doctor  demo  initialise
+forecast  explain  doctor  demo  initialise
 cli
 """
 MAY_IMPORT_TORCH_LATE = ("machine",)  # inside a function; cli may import any stage there
@@ -146,6 +147,10 @@ def test_only_the_trainer_and_the_demo_see_the_settings() -> None:
         "config",
         "cli",
         "foreignflags",
+        "findings",
+        "asked",
+        "placefindings",
+        "forecast",
         "train.parts",
         "train.networks",
         "train.loop",

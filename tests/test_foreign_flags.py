@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from runs import run, words
+from runs import ROOT, run, words
 from test_cli import refused
 
 from causalvae.config import TrainSettings
@@ -44,6 +44,12 @@ def test_every_reason_is_there_in_both_languages_and_none_is_unused() -> None:
     assert texts("foreign", "en").keys() == texts("foreign", "zh").keys() == reasons
 
 
+def test_every_counterpart_is_in_the_docs() -> None:
+    page = (ROOT / "docs" / "explain.md").read_text()
+    for theirs in {*RENAMED, *REWORDED} - {"c"}:
+        assert f"`{theirs}" in page, theirs
+
+
 def test_a_reason_names_only_flags_that_exist() -> None:
     for reason in texts("foreign", "en").values():
         assert set(re.findall(r"--(\w+)", reason)) <= FLAGS.keys(), reason
@@ -53,9 +59,9 @@ def test_a_command_of_another_trainer_means_here_what_it_means_there() -> None:
     settings, notes = read(OPEN_SORA_PLAN)
     ours = (
         "--exp_name test --video_path sample: --resolution 64 --video_num_frames 5 --batch_size 1 "
-        "--start_learning_rate 1e-4 --disc_start 2 --save_steps 2 --log_steps 1 --max_steps 2 --precision fp32 "
-        "--sample_rate 2 --dataloader_num_workers 0 --use_ema --ema_decay 0.99 --perceptual_weight 1.0 "
-        "--loss_type l1 --train_parts decoder --disc_type patchgan3d"
+        "--start_learning_rate 1e-4 --disc_start 2 --save_steps 2 --log_steps 1 --max_steps 2 "
+        "--precision fp32 --sample_rate 2 --dataloader_num_workers 0 --use_ema --ema_decay 0.99 "
+        "--perceptual_weight 1.0 --loss_type l1 --train_parts decoder --disc_type patchgan3d"
     )
     assert settings == read_settings(TrainSettings, ours.split(" "))[0]
     assert notes[0] == "--num_frames 5 is called --video_num_frames 5 here"

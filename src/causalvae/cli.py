@@ -17,11 +17,12 @@ from causalvae import __version__
 from causalvae.config import DemoSettings, NoSettings, TrainSettings, help_text, read_settings
 from causalvae.errors import CausalVAEError, ConfigError, exit_status
 from causalvae.evalflags import CompareSettings, EvalSettings
+from causalvae.explainflags import SWITCHES, ExplainSettings
 from causalvae.flags import closest, printable
-from causalvae.flagtext import default_texts
+from causalvae.flagtext import MAX_WIDTH, default_texts
 from causalvae.foreignflags import translate
 from causalvae.models.presets import PARAMETERS, PRESETS
-from causalvae.reportflags import ReportSettings, WatchSettings, paths_of, split_words
+from causalvae.reportflags import ReportSettings, WatchSettings, cut_at_command, paths_of, split_words
 from causalvae.weightflags import ConvertSettings, ExportSettings, InitSettings, amount, with_places
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the number of SIGINT, of SIGPIPE, as shells have it
 NOT_YET = (
-    "explain", "reconstruct", "encode", "decode", "data", "doctor",
+    "reconstruct", "encode", "decode", "data", "doctor",
 )  # fmt: skip
 
 
@@ -84,7 +85,8 @@ def _dispatch(command: str, argv: Sequence[str]) -> int:
         hint = f"did you mean {guess}?" if guess else f"there are {', '.join(COMMANDS)}"
         raise ConfigError(f"{command}: there is no such command; {hint}")
     entry = COMMANDS[command]
-    if "--help" in argv or "-h" in argv:
+    own, _ = cut_at_command(argv)
+    if "--help" in own or "-h" in own:
         usage, intro = f"causalvae {command} {entry.words}[FLAGS]", f"{entry.does}. {entry.more}"
         width = shutil.get_terminal_size().columns
         return _show(help_text(entry.table, usage=usage, intro=intro, width=width))
@@ -165,6 +167,25 @@ def _watch(argv: Sequence[str]) -> int:
     )
 
 
+def _explain(argv: Sequence[str]) -> int:
+    own, command = cut_at_command(argv)
+    words, flags = split_words(own, switches=SWITCHES)
+    settings, _ = read_settings(ExplainSettings, flags)
+    from causalvae.commandlines import find_command
+
+    asked = find_command(words, command, os.environ)
+    _wait_without_spinning()
+    from causalvae.explain import as_json, as_text, explain
+    from causalvae.texts import language
+
+    explanation = explain(asked, measure=settings.measure)
+    lang = language(settings.lang, os.environ)
+    if settings.json:
+        return _show(as_json(explanation, lang))
+    width = min(shutil.get_terminal_size().columns, MAX_WIDTH)
+    return _show(as_text(explanation, lang, width=width, everything=settings.all))
+
+
 def _models(argv: Sequence[str]) -> int:
     read_settings(NoSettings, argv)
     rows = [("preset", "parameters", "t x h x w", "channels", "widths", "streams")]
@@ -242,6 +263,15 @@ COMMANDS = {
         "Train a tiny model on the clips that come with the package",
         "It evaluates the model on a clip that it never saw and writes the report: the whole job in about "
         "two minutes on two CPU cores.",
+    ),
+    "explain": Command(
+        _explain,
+        ExplainSettings,
+        "Take a training command apart, flag by flag, in plain words",
+        "Give the command behind --, or a FILE: a shell script, a YAML file of settings, or the folder of a "
+        "run. It tells what each flag means, what the command will do on this machine and what looks wrong, "
+        "in English or Chinese. It starts nothing.",
+        "[FILE] ",
     ),
     "eval": Command(
         _eval,

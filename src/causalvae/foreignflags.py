@@ -130,7 +130,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Turned:
-    """What became of a foreign flag. name, words: ours, where it has a counterpart. why: a key of the texts."""
+    """What became of a foreign flag. why: a key of the texts. name, words: ours, if it has a counterpart."""
 
     kind: Literal["renamed", "dropped", "refused"]
     why: str

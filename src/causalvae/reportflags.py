@@ -1,12 +1,12 @@
 """The tables of settings of `report` and `watch`, and the words of a command line that are no flags."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from causalvae.errors import ConfigError
-from causalvae.flags import check, flags_of, setting
+from causalvae.flags import FALSE_WORDS, TRUE_WORDS, check, flags_of, setting
 
 BASICS = "Basics"
 LANG_HELP = "language that the page opens in; it can be switched there"
@@ -41,10 +41,20 @@ class WatchSettings:
             check(flag, getattr(self, name))
 
 
-def split_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+def cut_at_command(argv: Sequence[str]) -> tuple[list[str], list[str] | None]:
+    """Words of a command line before a lone `--`, and those behind it; None without one."""
+    words = list(argv)
+    if "--" not in words:
+        return words, None
+    at = words.index("--")
+    return words[:at], words[at + 1 :]
+
+
+def split_words(argv: Sequence[str], *, switches: Collection[str] = ()) -> tuple[list[str], list[str]]:
     """Words of a command line -> those that stand by themselves, and flags with their values.
 
-    Every flag is taken to have one value, behind it or after `=`. What follows a lone `--` is no flag.
+    Every flag is taken to have one value, behind it or after `=`; switches: those that have one only if it is
+    a word for true or false. What follows a lone `--` is no flag.
     """
     alone: list[str] = []
     flags: list[str] = []
@@ -58,6 +68,9 @@ def split_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             alone.append(word)
             continue
         flags.append(word)
+        is_switch = word[2:].replace("-", "_") in switches
+        if is_switch and words and words[0].lower() not in TRUE_WORDS + FALSE_WORDS:
+            continue
         if "=" not in word and words and not words[0].startswith("--"):
             flags.append(words.pop(0))
     return alone, flags
