@@ -29,8 +29,8 @@ models.convolution  models.stream  models.norms  models.interpolation  models.fu
 models.resampling  models.chains  models.wavelet  models.base  models.causalvae  models.wfvae
 models.start  models.diffusers  models.build
 critics.lpips  critics.efficientnet  critics.patchgan  critics.regularisers  critics.i3d
-data.decode  data.shards  data.sources  data.transforms
-data.clips  data.workers  data.loader  data.encode  data.scan
+data.index  data.decode  data.shards  data.sources  data.transforms
+data.quarantine  data.clips  data.workers  data.loader  data.encode  data.scan
 weights.published  weights.names  weights.writing  weights.tensorfiles  weights.standins  weights.pytorch
 weights.mindspore  weights.layouts  weights.diffusers  weights.read  weights.diffusers_folder  weights.load
 weights.inflate

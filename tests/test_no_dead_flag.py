@@ -27,6 +27,11 @@ CLIPPED: dict[str, object] = {"clip_grad": True}
 JUDGED: dict[str, object] = {"disc_type": "patchgan3d", "disc_start": 0}
 FALLING: dict[str, object] = {"lr_scheduler": "cosine"}
 SAID = ("warning: ", "error: ", "memory: ")
+SLOW: dict[str, object] = {
+    "sample_rate": 20,
+    "max_steps": 10,
+    "save_steps": 10,
+}  # the next clip is being read
 HELD_OUT: dict[str, object] = {"eval_video_path": "sample:"}
 # Each flag, the value it is changed to, and what has to be given as well for it to matter.
 CHANGES: dict[str, tuple[object, Mapping[str, object]]] = {
@@ -39,7 +44,7 @@ CHANGES: dict[str, tuple[object, Mapping[str, object]]] = {
     "precision": ("bf16", {}),
     "amp_level": ("O0", {"precision": "bf16"}),
     "memory": ("lean", {}),
-    "dataloader_num_workers": (1, {"clip_timeout": "1e-9"}),  # without, no clip is given up
+    "dataloader_num_workers": (1, SLOW | {"clip_timeout": "1e-9"}),  # 0 gives no clip up
     "max_steps": (1, {}),
     "save_steps": (1, {}),
     "keep_checkpoints": (1, {"save_steps": 1}),
@@ -58,7 +63,8 @@ CHANGES: dict[str, tuple[object, Mapping[str, object]]] = {
     "crop": ("center", {}),
     "flip": (False, {}),
     "short_videos": ("repeat", {"sample_rate": 30}),
-    "clip_timeout": ("1e-9", {"dataloader_num_workers": 1}),
+    "clip_timeout": ("1e-9", SLOW | {"dataloader_num_workers": 1}),
+    "quarantine": ("{folder}/missing", {}),
     "load_from_checkpoint": ("{folder}/missing", {}),
     "weights": ("live", {}),
     "model_config": ("{folder}/missing", {}),
