@@ -107,7 +107,7 @@ class Decoder:
 
     def num_frames(self, path: str | Path) -> int:
         """How many frames of the file decode, from the index."""
-        return self._index(str(path)).frames
+        return self.index(str(path)).frames
 
     def probe(self, path: str | Path) -> VideoInfo:
         """Frames and displayed size. Decodes one frame, because only a frame knows its rotation."""
@@ -133,7 +133,7 @@ class Decoder:
     def read_frames(self, path: str | Path, indices: Sequence[int]) -> Tensor:
         """Frames of the file by number: uint8 t h w 3, upright, in the order of `indices`."""
         name = str(path)
-        index = self._index(name)
+        index = self.index(name)
         numbers = [int(i) for i in indices]
         if not numbers or min(numbers) < 0:
             raise VideoError(f"{_shown(name)}: frame numbers start at 0, got {numbers}")
@@ -147,8 +147,9 @@ class Decoder:
             return torch.from_numpy(frames)
         return torch.from_numpy(frames[[wanted.index(i) for i in numbers]])
 
-    def _index(self, name: str) -> FrameIndex:
-        stamp = _stamp(name)
+    def index(self, name: str) -> FrameIndex:
+        """Where each frame of a file is. VideoError if none of it can be decoded."""
+        stamp = stamp_of(name)
         known = self._indices.get(name)
         if known is not None and known.stamp == stamp:
             self._indices.move_to_end(name)
@@ -160,7 +161,7 @@ class Decoder:
             if index.frames == 0:
                 raise VideoError(f"{_shown(name)}: no frame of it can be decoded")
             if self._kept is not None:
-                self._kept.keep(name, Entry(stamp, index), stamp_now=_stamp(name))
+                self._kept.keep(name, Entry(stamp, index), stamp_now=stamp_of(name))
         self._indices[name] = index
         if len(self._indices) > INDEX_CACHE:
             self._indices.popitem(last=False)
@@ -239,7 +240,7 @@ class _NotExactError(Exception):
     """What came out of the decoder does not match the index."""
 
 
-def _stamp(name: str) -> Stamp:
+def stamp_of(name: str) -> Stamp:
     """Size, time of change and inode of a regular file. Anything else is a VideoError: a fifo would hang."""
     try:
         found = os.stat(file_and_part(name)[0])
@@ -257,7 +258,7 @@ def _opened(name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
 
     The absolute path keeps FFmpeg from reading `http:x.mp4` as an address.
     """
-    _stamp(name)
+    stamp_of(name)
     is_part = file_and_part(name)[1] is not None
     address, protocols = (name, "subfile,file") if is_part else (os.path.abspath(name), "file")
     try:

@@ -75,27 +75,34 @@ class Entry:
 class IndexFile:
     """A connection to the file, for one thread at a time. It is opened when it is first needed.
 
-    hold: entries that are written together. Any error of SQLite ends the use of it: then nothing is found.
+    hold: entries that are written together. refresh: what was there before counts as not there. Any error of
+    SQLite ends the use of the file: then nothing is found.
     """
 
-    def __init__(self, path: Path, *, hold: int = 1) -> None:
-        self._path, self._hold = path, hold
+    def __init__(self, path: Path, *, hold: int = 1, refresh: bool = False) -> None:
+        self._path, self._hold, self._refresh = path, hold, refresh
         self._connection: sqlite3.Connection | None = None
         self._broken = False
         self._waiting: dict[str, Entry] = {}
         self._since = 0.0
 
-    def get(self, name: str, stamp: Stamp) -> Entry | None:
-        """What is known of the video with this name, if it is still the file that it was."""
+    def get(self, name: str, stamp: Stamp, *, frames: bool = True) -> Entry | None:
+        """What is known of the video with this name, if it is still the file that it was.
+
+        frames: with its frame index, which takes most of the time.
+        """
         if name in self._waiting:
             return self._waiting[name] if self._waiting[name].stamp == stamp else None
         self._write_if_due()
+        if self._refresh:
+            return None
         rows = self._ask(f"SELECT {COLUMNS} FROM videos WHERE name = ?", (os.fsencode(name),))
-        return _unpacked(rows[0], name, stamp) if rows else None
+        return _unpacked(rows[0], name, stamp, with_frames=frames) if rows else None
 
-    def knows(self, name: str) -> bool:
-        """Whether there is an entry for this name, of whatever file had it."""
-        return bool(self._ask("SELECT 1 FROM videos WHERE name = ?", (os.fsencode(name),)))
+    def has_other(self, name: str, stamp: Stamp) -> bool:
+        """Whether the video with this name was another file when it was read."""
+        rows = self._ask("SELECT stamp FROM videos WHERE name = ?", (os.fsencode(name),))
+        return bool(rows) and rows[0][0] != _text(stamp)
 
     def keep(self, name: str, entry: Entry, *, stamp_now: Stamp) -> None:
         """Remember what is known of a video, unless it was changed just now or while it was read."""
@@ -247,7 +254,7 @@ def _packed(name: str, entry: Entry) -> tuple[object, ...]:
     return (os.fsencode(name), *row, _checksum(name, row))
 
 
-def _unpacked(row: tuple[Any, ...], name: str, stamp: Stamp) -> Entry | None:
+def _unpacked(row: tuple[Any, ...], name: str, stamp: Stamp, *, with_frames: bool) -> Entry | None:
     """The entry of a row, if it is of this stamp, these libraries, and whole."""
     *values, checksum = row
     stamp_text, made_by, frames, facts, sha256 = values
@@ -255,7 +262,7 @@ def _unpacked(row: tuple[Any, ...], name: str, stamp: Stamp) -> Entry | None:
         return None
     return Entry(
         stamp,
-        None if frames is None else replace(_unpack(frames), stamp=stamp),
+        replace(_unpack(frames), stamp=stamp) if with_frames and frames is not None else None,
         None if facts is None else json.loads(facts),
         sha256,
     )
