@@ -19,10 +19,10 @@ TORCH_FROM_HERE = "-- torch from here --"
 LINES = f"""
 errors  texts
 geometry  models.presets
-flags  flagtext  config  weightflags  reportflags  evalflags  foreignflags  explainflags
+flags  flagtext  config  weightflags  reportflags  evalflags  foreignflags  explainflags  scanflags
 files  locks  fetch  rundir  machine  commandlines  findings  asked  machinefindings  placefindings
 report.records  report.evals  report.charts  report.films  report.views  report.build  report.watch
-runfindings
+runfindings  report.scanviews  report.scanpage
 {TORCH_FROM_HERE}
 rng  video
 models.convolution  models.stream  models.norms  models.interpolation  models.fused  models.layers
@@ -30,7 +30,8 @@ models.resampling  models.chains  models.wavelet  models.base  models.causalvae 
 models.start  models.diffusers  models.build
 critics.lpips  critics.efficientnet  critics.patchgan  critics.regularisers  critics.i3d
 data.index  data.decode  data.shards  data.sources  data.transforms
-data.quarantine  data.clips  data.workers  data.loader  data.encode  data.scan
+data.quarantine  data.clips  data.workers  data.loader  data.encode
+data.survey  data.draws  data.scan
 weights.published  weights.names  weights.writing  weights.tensorfiles  weights.standins  weights.pytorch
 weights.mindspore  weights.layouts  weights.diffusers  weights.read  weights.diffusers_folder  weights.load
 weights.inflate
@@ -43,7 +44,7 @@ train.stability  train.compiling  train.debug
 train.parallel  train.signals  train.samples  train.heldout
 train.state  train.runlog  train.replay  train.step  train.predict  train.plan  train.parts  train.networks
 train.loop  train.trainer
-forecast  explain  doctor  demo  initialise
+forecast  explain  scancommand  doctor  demo  initialise
 cli
 """
 MAY_IMPORT_TORCH_LATE = ("machine",)  # inside a function; cli may import any stage there
@@ -155,6 +156,7 @@ def test_only_the_trainer_and_the_demo_see_the_settings() -> None:
         "train.networks",
         "train.loop",
         "train.trainer",
+        "scancommand",
         "explain",
         "doctor",
         "demo",

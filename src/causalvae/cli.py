@@ -23,6 +23,8 @@ from causalvae.flagtext import MAX_WIDTH, default_texts
 from causalvae.foreignflags import translate
 from causalvae.models.presets import PARAMETERS, PRESETS
 from causalvae.reportflags import ReportSettings, WatchSettings, cut_at_command, paths_of, split_words
+from causalvae.scanflags import SWITCHES as SCAN_SWITCHES
+from causalvae.scanflags import ScanSettings
 from causalvae.weightflags import ConvertSettings, ExportSettings, InitSettings, amount, with_places
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the number of SIGINT, of SIGPIPE, as shells have it
 NOT_YET = (
-    "reconstruct", "encode", "decode", "data", "doctor",
+    "reconstruct", "encode", "decode", "doctor",
 )  # fmt: skip
 
 
@@ -186,6 +188,21 @@ def _explain(argv: Sequence[str]) -> int:
     return _show(as_text(explanation, lang, width=width, everything=settings.all))
 
 
+def _data(argv: Sequence[str]) -> int:
+    own, command = cut_at_command(argv)
+    words, flags = split_words(own, switches=SCAN_SWITCHES)
+    settings, _ = read_settings(ScanSettings, flags)
+    if words[:1] != ["scan"]:
+        told = (
+            f"data {printable(words[0])}: there is no such command" if words else "data: it needs a word more"
+        )
+        raise ConfigError(f"causalvae {told}; there is `causalvae data scan PATH`")
+    _wait_without_spinning()
+    from causalvae.scancommand import run_scan
+
+    return _show(run_scan(words[1:], settings, command=command))
+
+
 def _models(argv: Sequence[str]) -> int:
     read_settings(NoSettings, argv)
     rows = [("preset", "parameters", "t x h x w", "channels", "widths", "streams")]
@@ -327,6 +344,15 @@ COMMANDS = {
         "Show that page in a browser while a training goes on",
         "RUN is the folder of a run. Only this machine can open the page, by the address that is printed.",
         "RUN... ",
+    ),
+    "data": Command(
+        _data,
+        ScanSettings,
+        "Read a dataset once and tell what it holds",
+        "It counts videos and finds those that are broken or there twice. What it reads is kept, so that "
+        "training and the next scan start at once. PATH is what --video_path of training takes. A training "
+        "command may follow --, to see what it would draw.",
+        "scan PATH ",
     ),
     "models": Command(
         _models,

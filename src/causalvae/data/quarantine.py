@@ -8,14 +8,13 @@ from typing import Any, cast
 from causalvae.data.decode import printable
 from causalvae.data.sources import ClipSource
 from causalvae.errors import ConfigError
-from causalvae.files import write_whole
 
 Record = dict[str, Any]  # Any: JSON. video, path, reason; whole: bad whatever clip of it is asked for
 
 
-def write_quarantine(path: Path, records: Iterable[Record]) -> None:
-    """Write the list whole, a line of JSON each, in ASCII so that names that are not text fit in."""
-    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
+def as_lines(records: Iterable[Record]) -> str:
+    """A line of JSON each, in ASCII so that names that are not text fit in."""
+    return "".join(json.dumps(record) + "\n" for record in records)
 
 
 def read_quarantine(path: Path, source: ClipSource) -> list[Record]:

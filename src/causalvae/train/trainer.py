@@ -5,7 +5,6 @@ Reads TrainSettings, as `train.parts`, `train.networks` and `train.loop` do; wha
 arguments.
 """
 
-import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from causalvae.config import TrainSettings, notices, to_yaml
 from causalvae.data.clips import ClipPlan, center_clip
 from causalvae.data.index import prepare
 from causalvae.data.loader import ClipLoader
-from causalvae.data.quarantine import Record, read_quarantine
+from causalvae.data.quarantine import Record, as_lines, read_quarantine
 from causalvae.data.sources import ClipSource, open_source
 from causalvae.errors import VideoError
 from causalvae.files import redact
@@ -252,7 +251,7 @@ def _loader(asked: _Asked, run: RunDir, log: RunLog, *, plan: ClipPlan, cursor: 
     """The clips from this cursor on; bad videos are told once, and known ones not even opened."""
     unusable = _unusable(run.records(QUARANTINE))
     new = [record for record in asked.left_out if record["video"] not in unusable]
-    run.append_text(QUARANTINE, "".join(json.dumps(record) + "\n" for record in new))
+    run.append_text(QUARANTINE, as_lines(new))
     if new:
         log.say(f"{len(new)} videos are left out, as --quarantine {asked.settings.quarantine} says")
     known = run.records(QUARANTINE)
