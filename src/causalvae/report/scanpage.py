@@ -14,7 +14,6 @@ from causalvae.report.scanviews import COUNTS, SPREADS, Section, figure, section
 from causalvae.texts import texts
 
 WIDTH, HEIGHT = 480.0, 140.0  # of a picture, in its own units
-MOST_BARS = 12  # of a picture of counts
 MOST_ROWS = 500  # of a table on the page
 
 Json = Mapping[str, Any]  # Any: JSON
@@ -39,7 +38,8 @@ def scan_page(result: Json, *, lang: str) -> bytes:
         lang=lang,
         words=words,
         sections={name: _views(sections(result, words[name]), words[name]) for name in LANGUAGES},
-        pictures={name: _pictures(result, words[name]) for name in LANGUAGES},
+        histograms={name: _histograms(result, words[name]) for name in LANGUAGES},
+        counts={name: _counts(result, words[name]) for name in LANGUAGES},
         policy=POLICY.format(scripts=source_of(script), connect="'none'"),
         script=script,
         style=(HERE / "page" / "page.css").read_text(encoding="utf-8"),
@@ -56,44 +56,44 @@ def _views(parts: Sequence[Section], words: Mapping[str, str]) -> list[View]:
     return views
 
 
-def _pictures(result: Json, words: Mapping[str, str]) -> list[View]:
-    """Histograms, then counts; none where there is nothing to draw."""
-    whole = result["summary"]
-    found = [
-        _histogram(whole[name], words["frames" if name == "lengths" else name])
-        for name in SPREADS
-        if name in whole
+def _histograms(result: Json, words: Mapping[str, str]) -> list[View]:
+    """Bars side by side for each number that there is, each with its range and count."""
+    titles = {**words, "lengths": words["frames"]}
+    return [
+        _histogram(result["summary"][name], titles[name]) for name in SPREADS if name in result["summary"]
     ]
-    return found + [_columns(whole[name], words[name], words) for name in COUNTS if whole[name]]
 
 
 def _histogram(spread: Json, title: str) -> View:
-    edges, counts = spread["edges"], spread["counts"]
-    places = [(figure(low), figure(high)) for low, high in pairwise(edges)]
-    labels = [low if low == high else f"{low} \N{EN DASH} {high}" for low, high in places]
-    return _picture(title, counts, labels, ends=(figure(edges[0]), figure(edges[-1])))
-
-
-def _columns(counts: Mapping[str, int], title: str, words: Mapping[str, str]) -> View:
-    names = [words["other"] if name == "other" else name for name in counts][:MOST_BARS]
-    return _picture(title, list(counts.values())[:MOST_BARS], names, ends=None)
-
-
-def _picture(
-    title: str, counts: Sequence[int], labels: Sequence[str], *, ends: tuple[str, str] | None
-) -> View:
-    """Bars side by side, each with its label and count. ends: what to write at both ends of the axis."""
-    across = WIDTH / len(counts)
-    most = max(counts)
+    edges, counts = [figure(edge) for edge in spread["edges"]], spread["counts"]
+    across, most = WIDTH / len(counts), max(counts)
     bars = [
         {
             "x": f"{number * across:.2f}",
             "y": f"{HEIGHT - count / most * HEIGHT:.2f}",
             "width": f"{max(across - 1.5, 0.5):.2f}",
             "height": f"{count / most * HEIGHT:.2f}",
-            "label": labels[number],
+            "label": low if low == high else f"{low} \N{EN DASH} {high}",
             "count": f"{count:,}",
         }
-        for number, count in enumerate(counts)
+        for number, (count, (low, high)) in enumerate(zip(counts, pairwise(edges), strict=True))
     ]
-    return {"title": title, "bars": bars, "ends": ends, "most": f"{most:,}"}
+    return {"title": title, "bars": bars, "ends": (edges[0], edges[-1]), "most": f"{most:,}"}
+
+
+def _counts(result: Json, words: Mapping[str, str]) -> list[View]:
+    """A bar across for each word that is counted."""
+    found: list[View] = []
+    for name in COUNTS:
+        counts: Mapping[str, int] = result["summary"][name]
+        most = max(counts.values(), default=1)
+        rows = [
+            {
+                "name": words["other"] if what == "other" else what,
+                "width": f"{count / most * WIDTH:.2f}",
+                "count": f"{count:,}",
+            }
+            for what, count in counts.items()
+        ]
+        found += [{"title": words[name], "rows": rows[:MOST_ROWS]}] if rows else []
+    return found
