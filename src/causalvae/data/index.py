@@ -9,6 +9,7 @@ network, and a home that can't be written can still be read. Nothing is synced: 
 noticed and made again. A process that meets an error of SQLite goes on without the file.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -208,17 +209,14 @@ def _problem(path: Path) -> str | None:
     if path.exists() and not os.access(path, os.R_OK):
         raise PermissionError(errno.EACCES, "the index of videos can't be read")
     try:
-        connection = _connected(path)
+        with contextlib.closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as connection:
+            return _checked(connection)
     except sqlite3.OperationalError as error:
+        if path.is_file() and path.stat().st_size:
+            return None  # it is busy, or not to be written
         raise OSError(errno.EIO, str(error)) from error
-    try:
-        return _checked(connection)
-    except sqlite3.OperationalError as error:
-        return None if path.stat().st_size else str(error)  # busy, or not to be written, and there
     except sqlite3.DatabaseError as error:
         return str(error)
-    finally:
-        connection.close()
 
 
 def _checked(connection: sqlite3.Connection) -> str | None:
