@@ -2,9 +2,9 @@
 
     python benchmarks/scan.py [--videos 100000] [--folder FOLDER]
 
-It makes so many small films (about 4 KB each, 12 to 27 frames of 64x48, half of them AVI with B-frames, whose
-frames can only be counted by decoding) in the folder, which is made if it is not there and stays. What is kept
-between the runs goes to a folder that is removed.
+It makes so many small films (12 to 27 frames of 64x48, half of them AVI with B-frames, whose frames can only
+be counted by decoding) in the folder, which is made if it is not there and stays. What is kept between the
+runs goes to a folder that is removed.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def _scan(folder: Path, index: Path) -> None:
         name=str(folder),
         reading=Reading(workers=Machine.look().cores),
         index=index,
-        progress=lambda done, total: None,
+        progress=lambda *_: None,
     )
     assert not found.broken()
 

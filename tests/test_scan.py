@@ -71,7 +71,7 @@ def scanned(folder: Path, *, home: Path | None = None, **reading: Any) -> Scan:
         name=str(folder),
         reading=how,
         index=index,
-        progress=lambda done, total: None,
+        progress=lambda *_: None,
     )
 
 

@@ -28,7 +28,8 @@ import numpy as np
 
 FILE = "videos.sqlite"
 APPLICATION, VERSION = 0x43564158, 1  # what marks the file as ours; the version of its table
-MADE_BY = f"{VERSION} {av.__version__} {av.library_versions}"  # other libraries may count frames otherwise
+LIBRARIES = ("libavcodec", "libavformat")  # others of another version may count frames otherwise
+MADE_BY = " ".join(".".join(map(str, av.library_versions[name])) for name in LIBRARIES)
 RACY_SECONDS = 2.0  # the coarsest clock of a file system, that of FAT
 HOLD_SECONDS = 2.0  # entries that wait to be written together do not wait longer
 BUSY_SECONDS = 5.0  # for another process that writes
