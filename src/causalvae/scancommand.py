@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 
 from causalvae import __version__
-from causalvae.commandline import training_flags
+from causalvae.commandlines import read_command
 from causalvae.config import TrainSettings, read_settings
 from causalvae.data.draws import draws
 from causalvae.data.index import prepare
@@ -24,6 +24,7 @@ from causalvae.data.sources import open_source
 from causalvae.errors import ConfigError
 from causalvae.files import disk_error, plain, write_whole
 from causalvae.flags import flags_of, printable, to_text
+from causalvae.foreignflags import translate
 from causalvae.machine import Machine, home
 from causalvae.report.scanpage import need_extra, scan_page
 from causalvae.report.scanviews import as_text, sections
@@ -41,7 +42,7 @@ def run_scan(paths: Sequence[str], settings: ScanSettings, *, command: Sequence[
 
     paths: words that are no flags. command: words of a training command.
     """
-    run = _run_settings(paths, settings, command=command)
+    run, notes = _run_settings(paths, settings, command=command)
     lang = language(settings.lang, os.environ)
     words = texts("scan", lang)
     if settings.out is not None:
@@ -49,6 +50,7 @@ def run_scan(paths: Sequence[str], settings: ScanSettings, *, command: Sequence[
     _check_places(settings)
     source = open_source(run.video_path)
     index, warnings = prepare(home(os.environ))
+    warnings = notes + warnings
     cores = Machine.look().cores
     reading = Reading(
         check=settings.decode,
@@ -72,11 +74,11 @@ def run_scan(paths: Sequence[str], settings: ScanSettings, *, command: Sequence[
 
 def _run_settings(
     paths: Sequence[str], settings: ScanSettings, *, command: Sequence[str] | None
-) -> TrainSettings:
-    """The training that clips are drawn for: what was given of it, and defaults."""
+) -> tuple[TrainSettings, list[str]]:
+    """The training that clips are drawn for: what was given of it, and defaults; and notes on its flags."""
     if len(paths) > 1:
         raise ConfigError(f"causalvae data scan: one dataset at a time, not {' and '.join(paths)}")
-    given = training_flags(command or [])
+    given, notes = translate(() if command is None else read_command(command).flags)
     given += [f"--video_path={path}" for path in paths]
     flags = flags_of(settings)
     for name in RUN_FLAGS:
@@ -84,7 +86,7 @@ def _run_settings(
         given += [f"--{name}={to_text(flags[name], value)}"] if value is not None else []
     if not any(word.split("=")[0].replace("-", "_") in ("__video_path", "__config") for word in given):
         raise ConfigError("causalvae data scan: name a dataset, as --video_path of training takes it")
-    return read_settings(TrainSettings, given)[0]
+    return read_settings(TrainSettings, given)[0], notes
 
 
 def _result(found: Scan, name: str, run: TrainSettings, *, reading: Reading, seconds: float) -> Json:

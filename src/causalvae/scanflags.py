@@ -7,6 +7,7 @@ from causalvae.flags import Resolution, check, flags_of, setting
 
 BASICS, READING, RUN = "Basics", "Reading", "What a run would draw"
 AT_LEAST_1 = {"at_least": 1}
+SWITCHES = ("json", "decode", "duplicates", "refresh")  # flags that may stand without a value
 
 
 @dataclass(frozen=True, kw_only=True)
