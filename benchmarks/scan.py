@@ -2,10 +2,10 @@
 
     python benchmarks/scan.py [--videos 100000] [--folder FOLDER]
 
-The scan is of small films. It makes so many (12 to 27 frames of 64x48, half of them AVI with B-frames, whose frames can only
-be counted by decoding) in the folder, which is made if it is not there and stays. What is kept between the
-runs goes to a folder that is removed. The training goes once through copies of a clip of the package, an AVI
-with B-frames of 114 frames.
+The scan is of so many small films: 12 to 27 frames of 64x48, half of them AVI with B-frames, whose frames can
+only be counted by decoding. They are made in the folder and stay there. What is kept between the runs goes to
+a folder that is removed. The training goes once through copies of a clip of the package, an AVI with B-frames
+of 114 frames.
 """
 
 import argparse
@@ -44,16 +44,19 @@ def main() -> None:
     print(f"{len(source):,} films, {Machine.look().cores} cores, PyAV {av.__version__}\n")
     print("| | nothing known | all known | ratio |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as other:
-        index, _ = prepare(Path(home))
-        empty, _ = prepare(Path(other))
-        assert index is not None
-        assert empty is not None
+        index, empty = _prepared(home), _prepared(other)
         first, second = (_seconds(lambda: _scan(asked.folder, index)) for _ in range(2))
         print(f"| scan | {first:.1f} s | {second:.1f} s | {first / second:.0f} |", flush=True)
         films = _copies(Path(other) / "films")
         cold, warm = (_seconds(lambda: _train(films, empty)) for _ in range(2))
         print(f"| a pass over {BATCHES * CLIPS} films | {cold:.1f} s | {warm:.1f} s | {cold / warm:.1f} |")
         print(f"\nthe index: {index.stat().st_size / len(source):.0f} bytes a film")
+
+
+def _prepared(home: str) -> Path:
+    path, warnings = prepare(Path(home))
+    assert path is not None, warnings
+    return path
 
 
 def _seconds(work: Callable[[], object]) -> float:

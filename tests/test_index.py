@@ -286,6 +286,7 @@ def test_a_file_that_is_damaged_while_it_is_used_changes_no_clip(
     assert_same(take(films, index=index, workers=1), plain)
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_where_nothing_can_be_kept_and_says_so(tmp_path: Path) -> None:
     homes = {"none": "/dev/null/home", "empty": str(tmp_path / "home"), "full": str(tmp_path / "home")}
     for name, home in homes.items():

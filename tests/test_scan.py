@@ -156,6 +156,7 @@ def test_a_training_with_the_list_never_opens_what_is_on_it_and_draws_the_same_c
     assert {record["video"] for record in news} <= {"half.mp4"}
 
 
+@pytest.mark.slow
 def test_a_run_writes_down_what_it_was_told_to_leave_out_and_goes_on_with_it(tmp_path: Path) -> None:
     folder = tmp_path / "films"
     folder.mkdir()

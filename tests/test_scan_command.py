@@ -52,6 +52,7 @@ def test_both_languages_have_the_same_texts_with_the_same_places(topic: str) -> 
     assert [key for key in english if f'"{key}"' not in source and not key.startswith(made_up)] == []
 
 
+@pytest.mark.slow
 def test_the_command_tells_a_person_and_writes_the_list(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "dataset")
     done = call(dataset, "--max_steps", "10", "--batch_size", "2", cwd=tmp_path)
