@@ -19,7 +19,7 @@ TORCH_FROM_HERE = "-- torch from here --"
 LINES = f"""
 errors  texts
 geometry  models.presets
-flags  flagtext  config  weightflags  reportflags  evalflags  foreignflags  explainflags  scanflags
+flags  flagtext  config  weightflags  reportflags  evalflags  foreignflags  explainflags  scanflags  doctorflags
 files  locks  fetch  rundir  machine  commandlines  findings  asked  machinefindings  placefindings
 report.records  report.evals  report.charts  report.films  report.views  report.build  report.watch
 runfindings  report.scanviews  report.scanpage
@@ -44,7 +44,7 @@ train.stability  train.compiling  train.debug
 train.parallel  train.signals  train.samples  train.heldout
 train.state  train.runlog  train.replay  train.step  train.predict  train.plan  train.parts  train.networks
 train.loop  train.trainer
-forecast  explain  scancommand  doctor  demo  initialise
+forecast  explain  scancommand  checkup  doctor  doctorcommand  demo  initialise
 cli
 """
 MAY_IMPORT_TORCH_LATE = ("machine",)  # inside a function; cli may import any stage there

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from causalvae import __version__
 from causalvae.config import DemoSettings, NoSettings, TrainSettings, help_text, read_settings
+from causalvae.doctorflags import DoctorSettings
 from causalvae.errors import CausalVAEError, ConfigError, exit_status
 from causalvae.evalflags import CompareSettings, EvalSettings
 from causalvae.explainflags import SWITCHES, ExplainSettings
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the number of SIGINT, of SIGPIPE, as shells have it
 NOT_YET = (
-    "reconstruct", "encode", "decode", "doctor",
+    "reconstruct", "encode", "decode",
 )  # fmt: skip
 
 
@@ -203,6 +204,17 @@ def _data(argv: Sequence[str]) -> int:
     return _show(run_scan(words[1:], settings, command=command))
 
 
+def _doctor(argv: Sequence[str]) -> int:
+    own, command = cut_at_command(argv)
+    settings, _ = read_settings(DoctorSettings, own)
+    _wait_without_spinning()
+    from causalvae.doctorcommand import run_doctor
+
+    done = run_doctor(settings, command=command)
+    _show(done.text)
+    return done.status
+
+
 def _models(argv: Sequence[str]) -> int:
     read_settings(NoSettings, argv)
     rows = [("preset", "parameters", "t x h x w", "channels", "widths", "streams")]
@@ -344,6 +356,14 @@ COMMANDS = {
         "Show that page in a browser while a training goes on",
         "RUN is the folder of a run. Only this machine can open the page, by the address that is printed.",
         "RUN... ",
+    ),
+    "doctor": Command(
+        _doctor,
+        DoctorSettings,
+        "Tell what this machine can do, and what would help",
+        "It looks at devices, memory, compiler, disk, codecs and what is installed, and changes nothing. With "
+        "a training command behind --: whether that would fit, how it would be planned, how fast it would be. "
+        "The exit status is 1 if there is a problem.",
     ),
     "data": Command(
         _data,

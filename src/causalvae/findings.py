@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from causalvae.train.plan import StepPlan
     from causalvae.train.precision import Precision
 
-Level = Literal["note", "warning", "problem"]
+Level = Literal["ok", "note", "warning", "problem"]  # ok: of `doctor` alone
 
 LEVELS: tuple[Level, ...] = ("problem", "warning", "note")  # in the order of their weight
 SIZE_IN_NAME = re.compile(r"(?<![0-9])(?:([0-9]{1,3})x)?([0-9]{2,4})x([0-9]{2,4})(?![0-9x])")
