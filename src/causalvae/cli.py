@@ -361,8 +361,8 @@ COMMANDS = {
         _doctor,
         DoctorSettings,
         "Tell what this machine can do, and what would help",
-        "It looks at devices, memory, compiler, disk, codecs and what is installed, and changes nothing. With "
-        "a training command behind --: whether that would fit, how it would be planned, how fast it would be. "
+        "It looks at devices, memory, compiler, disk, codecs and what is installed, and changes nothing. A "
+        "training command may follow --: would it fit, how would it be planned, and how fast would it be? "
         "The exit status is 1 if there is a problem.",
     ),
     "data": Command(
