@@ -22,10 +22,9 @@ from causalvae.explainflags import SWITCHES, ExplainSettings
 from causalvae.flags import closest, printable
 from causalvae.flagtext import MAX_WIDTH, default_texts
 from causalvae.foreignflags import translate
-from causalvae.models.presets import PARAMETERS, PRESETS
+from causalvae.models.presets import presets_table
 from causalvae.reportflags import ReportSettings, WatchSettings, cut_at_command, paths_of, split_words
-from causalvae.scanflags import SWITCHES as SCAN_SWITCHES
-from causalvae.scanflags import ScanSettings
+from causalvae.scanflags import SCAN_SWITCHES, ScanSettings, scan_paths
 from causalvae.weightflags import ConvertSettings, ExportSettings, InitSettings, amount, with_places
 
 if TYPE_CHECKING:
@@ -193,15 +192,11 @@ def _data(argv: Sequence[str]) -> int:
     own, command = cut_at_command(argv)
     words, flags = split_words(own, switches=SCAN_SWITCHES)
     settings, _ = read_settings(ScanSettings, flags)
-    if words[:1] != ["scan"]:
-        told = (
-            f"data {printable(words[0])}: there is no such command" if words else "data: it needs a word more"
-        )
-        raise ConfigError(f"causalvae {told}; there is `causalvae data scan PATH`")
+    paths = scan_paths(words)
     _wait_without_spinning()
     from causalvae.scancommand import run_scan
 
-    return _show(run_scan(words[1:], settings, command=command))
+    return _show(run_scan(paths, settings, command=command))
 
 
 def _doctor(argv: Sequence[str]) -> int:
@@ -217,17 +212,7 @@ def _doctor(argv: Sequence[str]) -> int:
 
 def _models(argv: Sequence[str]) -> int:
     read_settings(NoSettings, argv)
-    rows = [("preset", "parameters", "t x h x w", "channels", "widths", "streams")]
-    for name, config in PRESETS.items():
-        geometry, reason = config.geometry, config.why_not_streamable
-        factors = f"{geometry.temporal} x {geometry.spatial} x {geometry.spatial}"
-        widths = " ".join(str(width) for width in config.widths)
-        streams = f"no: {reason}" if reason else "yes"
-        size = f"{PARAMETERS[name] / 1e6:.1f} M"
-        rows.append((name, size, factors, str(geometry.channels), widths, streams))
-    columns = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    padded = ([cell.ljust(columns[i]) for i, cell in enumerate(row)] for row in rows)
-    return _show("".join("  ".join(row).rstrip() + "\n" for row in padded))
+    return _show(presets_table())
 
 
 def _init(argv: Sequence[str]) -> int:

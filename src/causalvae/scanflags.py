@@ -1,13 +1,16 @@
 """The table of settings of `data scan`. Free of torch, as `config` is."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from causalvae.flags import Resolution, check, flags_of, setting
+from causalvae.errors import ConfigError
+from causalvae.flags import Resolution, check, flags_of, printable, setting
 
 BASICS, READING, RUN = "Basics", "Reading", "What a run would draw"
 AT_LEAST_1 = {"at_least": 1}
-SWITCHES = ("json", "decode", "duplicates", "refresh")  # flags that may stand without a value
+RUN_FLAGS = ("video_num_frames", "resolution", "sample_rate", "batch_size", "max_steps")
+SCAN_SWITCHES = ("json", "decode", "duplicates", "refresh")  # flags that may stand without a value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,4 +49,9 @@ class ScanSettings:
             check(flag, getattr(self, name))
 
 
-RUN_FLAGS = ("video_num_frames", "resolution", "sample_rate", "batch_size", "max_steps")
+def scan_paths(words: Sequence[str]) -> list[str]:
+    """What to scan: the words after `data scan`. ConfigError if `data` is followed by another word."""
+    if words[:1] != ["scan"]:
+        why = f"{printable(words[0])}: there is no such command" if words else "it needs a word more"
+        raise ConfigError(f"causalvae data: {why}; there is `causalvae data scan PATH`")
+    return [*words[1:]]
