@@ -21,8 +21,10 @@ errors  texts
 geometry  models.presets
 data.codings
 flags  flagtext  config  weightflags  reportflags  evalflags  reconstructflags  latentflags
-files  locks  fetch  rundir  machine
+foreignflags  explainflags  scanflags  doctorflags
+files  locks  fetch  rundir  machine  commandlines  findings  asked  machinefindings  placefindings
 report.records  report.evals  report.charts  report.films  report.views  report.build  report.watch
+runfindings  report.scanviews  report.scanpage
 {TORCH_FROM_HERE}
 rng  video
 models.meta  models.convolution  models.stream  models.norms  models.interpolation  models.fused
@@ -30,8 +32,9 @@ models.layers
 models.resampling  models.chains  models.wavelet  models.stages  models.base  models.causalvae
 models.wfvae  models.start  models.diffusers  models.build
 critics.lpips  critics.efficientnet  critics.patchgan  critics.regularisers  critics.i3d
-data.decode  data.shards  data.sources  data.captions  data.transforms  data.readahead
-data.encode  data.films  data.sound  data.writer  data.clips  data.workers  data.loader  data.scan
+data.index  data.decode  data.shards  data.sources  data.captions  data.transforms  data.readahead
+data.encode  data.films  data.sound  data.writer  data.quarantine  data.clips  data.workers  data.loader
+data.survey  data.draws  data.scan
 weights.published  weights.names  weights.writing  weights.tensorfiles  weights.standins  weights.pytorch
 weights.mindspore  weights.layouts  weights.diffusers  weights.read  weights.diffusers_folder  weights.load
 weights.inflate
@@ -47,10 +50,12 @@ pipeline  progress  targets  reconstruction  reconstruct
 footage  encoding  decoding  latentcommands
 train.state  train.runlog  train.replay  train.step  train.predict  train.plan  train.parts  train.networks
 train.loop  train.trainer
-explain  doctor  demo  initialise
+forecast  explain  scancommand  checkup  doctor  doctorcommand  demo  initialise
+commands
 cli
 """
-MAY_IMPORT_TORCH_LATE = ("machine",)  # inside a function; cli may import any stage there
+DOORS = ("commands", "cli")  # free of torch at their top level
+MAY_IMPORT_TORCH_LATE = ("machine",)  # inside a function; commands may import any stage there
 READERS = ("train.parts", "train.networks", "train.loop", "train.trainer")  # of TrainSettings
 HEAVY = ("torch", "torchvision", "tensorboard")  # packages that take torch with them
 
@@ -121,20 +126,20 @@ def test_a_module_imports_only_from_above_its_place(name: str) -> None:
         if each.target == target or target == "__version__" or name == "__init__":
             continue
         assert target in places, f"{name}:{each.line} imports {target}, which is on no line"
-        if name == "cli" and each.late:
+        if name == "commands" and each.late:
             continue
         assert places[target] < places[name], f"{name}:{each.line} imports {target}, which is not above it"
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_torch_is_imported_only_below_its_line(name: str) -> None:
-    free = ["__init__", "cli", *LINES.split(TORCH_FROM_HERE)[0].split()]
+    free = ["__init__", *DOORS, *LINES.split(TORCH_FROM_HERE)[0].split()]
     if name not in free:
         return
-    below = set(LINES.split(TORCH_FROM_HERE)[1].split()) - {"cli"}
+    below = set(LINES.split(TORCH_FROM_HERE)[1].split()) - set(DOORS)
     for each in (each for each in IMPORTS if each.module == name):
         heavy = each.target.split(".")[0] in HEAVY or each.target.removeprefix("causalvae.") in below
-        allowed = each.late and (name in MAY_IMPORT_TORCH_LATE or name == "cli")
+        allowed = each.late and (name in MAY_IMPORT_TORCH_LATE or name in DOORS)
         assert not heavy or allowed, f"{name}:{each.line} imports {each.target}, and it must be free of torch"
 
 
@@ -149,11 +154,17 @@ def test_no_import_is_relative_and_none_takes_all_names() -> None:
 def test_only_the_trainer_and_the_demo_see_the_settings() -> None:
     allowed = {
         "config",
-        "cli",
+        "commands",
+        "foreignflags",
+        "findings",
+        "asked",
+        "placefindings",
+        "forecast",
         "train.parts",
         "train.networks",
         "train.loop",
         "train.trainer",
+        "scancommand",
         "explain",
         "doctor",
         "demo",

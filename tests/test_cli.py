@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from causalvae import __version__
-from causalvae.cli import COMMANDS, NOT_YET
+from causalvae.commands import COMMANDS
 from causalvae.models.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -39,11 +39,6 @@ def test_the_help_of_the_program_lists_what_exists_and_only_that() -> None:
         assert listed == list(COMMANDS)
     assert call(*PROGRAM).stdout == call(*PROGRAM, "--help").stdout
     assert call(*PROGRAM, "--version").stdout == f"causalvae {__version__}\n"
-
-
-@pytest.mark.parametrize("command", NOT_YET)
-def test_a_command_of_later_says_so(command: str) -> None:
-    assert f"causalvae {command} is not available yet" in refused(*PROGRAM, command, "--help")
 
 
 def test_a_wrong_command_gets_a_suggestion() -> None:

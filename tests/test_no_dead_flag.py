@@ -1,6 +1,8 @@
 """No flag is dead: each one, changed alone, changes numbers, files or what is said."""
 
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -59,6 +61,7 @@ CHANGES: dict[str, tuple[object, Mapping[str, object]]] = {
     "flip": (False, {}),
     "short_videos": ("repeat", {"sample_rate": 30}),
     "clip_timeout": ("1e-9", {"dataloader_num_workers": 1}),
+    "quarantine": ("{folder}/missing", {}),
     "load_from_checkpoint": ("{folder}/missing", {}),
     "weights": ("live", {}),
     "model_config": ("{folder}/missing", {}),
@@ -102,8 +105,9 @@ CHANGES: dict[str, tuple[object, Mapping[str, object]]] = {
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As the command runs elsewhere in these tests, and without a compiler, which takes long."""
+    monkeypatch.setenv("CAUSALVAE_HOME", str(tmp_path / "home"))
     for name in ("CAUSALVAE_OFFLINE", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, ENVIRONMENT[name])
     monkeypatch.setenv("CXX", "no such compiler")
@@ -144,7 +148,11 @@ def test_what_is_not_changed_stays(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def seen(folder: Path, given: dict[str, object], *, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
-    """All that tells one run from another: status, messages, files, metrics, weights."""
+    """All that tells one run from another: status, messages, files, metrics, weights.
+
+    Nothing is known of the videos before: reading them takes longer than the shortest timeout.
+    """
+    shutil.rmtree(os.environ["CAUSALVAE_HOME"], ignore_errors=True)
     status = main("train", words(folder, **BASE | given)[2:])
     said = "".join(capsys.readouterr()).replace(str(folder), "FOLDER")
     files = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -108,7 +108,7 @@ def test_the_sample_clips_are_there_and_the_held_back_one_is_not_trained_on() ->
     ("name", "words"),
     [
         ("nothing/here", ["no such file or folder", "sample:"]),
-        ("datasets/UCF101/train", ["crcv.ucf.edu", "`--video_path sample:` works"]),
+        ("datasets/UCF101/train", ["crcv.ucf.edu", "unrar x", "`--video_path sample:` works"]),
         ("shards-{000..999}.tar", ["there is no file", "shards-000.tar"]),
         ("a\0b", ["a\\x00b: there is no such file"]),
         ("x" * 5000, ["not a path"]),
@@ -171,3 +171,25 @@ def test_a_caption_column_that_is_not_there_is_refused_with_those_that_are(tmp_p
     path.write_text('{"video": "a.mp4", "text": 3}\n')
     with pytest.raises(ConfigError, match="line 1: text is no text"):
         open_source(str(path), caption_column="text")
+
+
+@pytest.mark.parametrize(
+    ("videos", "lists"), [("UCF-101", "ucfTrainTestlist"), (".", "."), ("ucf/UCF-101", "ucf")]
+)
+@pytest.mark.parametrize("end", [" 1\r\n", "\n"])
+def test_the_split_files_of_ucf101_are_lists_of_its_videos(
+    videos: str, lists: str, end: str, tmp_path: Path
+) -> None:
+    names = ["YoYo/v_YoYo_g08_c01.avi", "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi"]
+    films = [touch(tmp_path / videos / name) for name in names]
+    file = touch(tmp_path / lists / "trainlist01.txt")
+    file.write_text("".join(name + end for name in names))
+    source = open_source(str(file))
+    assert ids(source) == names
+    assert [Path(source[i].path).resolve() for i in range(2)] == [film.resolve() for film in films]
+
+
+def test_a_list_that_is_no_split_of_ucf101_keeps_its_lines_as_they_are(tmp_path: Path) -> None:
+    lines = ["YoYo/v_YoYo_g08_c01.avi 1", "my film 1"]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    assert ids(open_source(str(tmp_path / "list.txt"))) == lines

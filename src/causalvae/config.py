@@ -121,6 +121,8 @@ class TrainSettings:
         help="videos shorter than a clip: auto repeats their last frame only if nothing longer exists")
     clip_timeout: float = setting(60.0, INPUT, limits=ABOVE_0, on_resume="free",
         help="seconds after which a clip that is still being read counts as broken")
+    quarantine: str | None = setting(None, INPUT, none_word="none", on_resume="free",
+        help="a quarantine.jsonl of `causalvae data scan`; videos that it says can't be used are not opened")
 
     load_from_checkpoint: str | None = setting(None, START, none_word="none", on_resume="free",
         help="weights to start from, told apart by content; a run's own checkpoints win over it")

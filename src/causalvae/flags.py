@@ -353,7 +353,7 @@ def read_file(flags: Mapping[str, Flag], path: Path) -> dict[str, Given]:
     import yaml
 
     given: dict[str, Given] = {}
-    for key, node in _yaml_pairs(path):
+    for key, node in yaml_pairs(path):
         place = f"{printable(str(path))} line {key.start_mark.line + 1}"
         name = str(key.value).replace("-", "_")
         if name not in flags or name == "config":
@@ -372,8 +372,11 @@ def read_file(flags: Mapping[str, Flag], path: Path) -> dict[str, Given]:
     return given
 
 
-def _yaml_pairs(path: Path) -> list[tuple["yaml.Node", "yaml.Node"]]:
-    """Keys and values of a YAML mapping as nodes, which have their text and their line."""
+def yaml_pairs(path: Path) -> list[tuple["yaml.Node", "yaml.Node"]]:
+    """Keys and values of a YAML mapping as nodes, which have their text and their line.
+
+    ConfigError if the file can't be read, or is none.
+    """
     import yaml  # 20 ms that a command without a file does not pay
 
     shown = f"--config {printable(str(path))}"

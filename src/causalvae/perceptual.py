@@ -5,6 +5,7 @@ be. Any other network gives a FeatureDistance under a name of its own.
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -136,6 +137,25 @@ def build_perceptual(
     return _checked(made, size=size), warnings
 
 
+def foresee_perceptual(
+    choice: str, *, size: tuple[int, int], shelf: Shelf
+) -> tuple[nn.Module | None, list[Path]]:
+    """The network that a run would judge with, on the meta device where it can be, and files it would fetch.
+
+    As `build_perceptual`, but nothing is fetched.
+    """
+    known: dict[str, LpipsBackbone] = {"auto": "vgg", **{f"lpips-{each}": each for each in STAGES}}
+    if choice in known:
+        backbone = known[choice]
+        paths = [shelf.home / "lpips" / file.file for file in shelf.published[backbone]]
+        missing = [path for path in paths if not path.is_file()]
+        if not missing or not shelf.offline:
+            made = Perceptual(name=f"lpips-{backbone}", module=_empty_lpips(backbone), sha256={})
+            return _checked(made, size=size).module, missing
+    found, _ = build_perceptual(choice, size=size, shelf=shelf)
+    return None if found is None else found.module, []
+
+
 def refuse_change(saved: Mapping[str, Any] | None, now: Perceptual | None, *, run: Path) -> None:  # Any: JSON
     """ConfigError if a run that is resumed was trained with another network. saved: its facts, or None."""
     if saved == (None if now is None else now.facts()):
@@ -158,7 +178,7 @@ def _named(choice: str, *, shelf: Shelf, progress: bool) -> tuple[Perceptual, li
         if choice == f"lpips-{backbone}":
             return _lpips_published(backbone, shelf=shelf, progress=progress), []
     path = _installed_efficientnet() if choice == EFFICIENTNET else Path(choice)
-    if not choice or not path.exists():
+    if not choice or not os.path.exists(path):  # Path.exists() raises for a name too long
         raise ConfigError(
             f"--perceptual {choice}: no such file or folder, and no name; names are {', '.join(NAMES)}"
         )

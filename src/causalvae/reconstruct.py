@@ -16,7 +16,7 @@ import torch
 from causalvae.coders import CodingPlan
 from causalvae.coding import plan_coding
 from causalvae.data.codings import CODECS
-from causalvae.data.decode import file_stamp, printable
+from causalvae.data.decode import printable, stamp_of
 from causalvae.data.films import Film, open_film
 from causalvae.data.writer import check_encoder
 from causalvae.errors import ConfigError, RunError, VideoError
@@ -176,7 +176,7 @@ class _Job:
     def asked(self, target: Target) -> dict[str, Any]:  # Any: JSON
         """What a result depends on: with all of it the same, it need not be made again."""
         facts = self.opened.loaded.facts()
-        num_bytes, changed, _ = file_stamp(target.path)
+        num_bytes, changed, _ = stamp_of(target.path)
         return {
             "video": {"id": target.id, "bytes": num_bytes, "changed_ns": changed},
             "checkpoint": {"sha256": facts["sha256"], "set": facts["set"]},

@@ -45,6 +45,15 @@ class WatchSettings:
             check(flag, getattr(self, name))
 
 
+def cut_at_command(argv: Sequence[str]) -> tuple[list[str], list[str] | None]:
+    """Words of a command line before a lone `--`, and those behind it; None without one."""
+    words = list(argv)
+    if "--" not in words:
+        return words, None
+    at = words.index("--")
+    return words[:at], words[at + 1 :]
+
+
 def split_words(
     argv: Sequence[str], *, table: "type[DataclassInstance] | None" = None
 ) -> tuple[list[str], list[str]]:

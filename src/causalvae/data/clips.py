@@ -7,13 +7,18 @@ that is bad as a whole is bad for everyone. So the clips are the same in every r
 with any workers. The shape of a batch is a function of its cursor.
 """
 
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
 from causalvae.data.decode import Decoder, printable
+from causalvae.data.index import IndexFile
 from causalvae.data.sources import ClipSource, VideoRef
 from causalvae.data.transforms import flip, resize_crop
 from causalvae.errors import ConfigError, VideoError
@@ -202,6 +207,38 @@ def perform(task: Task, plan: ClipPlan, *, decoder: Decoder, out: Tensor) -> Out
     except VideoError as error:
         return Outcome("bad", num_frames, str(error)[:LONGEST_REASON])
     return Outcome("clip", num_frames)
+
+
+@contextmanager
+def clip_reader(
+    plan: ClipPlan, index: Path | None, pixels: Tensor | None
+) -> Iterator[Callable[[Task], Outcome]]:
+    """`perform` for a process of its own. pixels: where clips go, of the size that `clip_bytes` says.
+
+    index: the file where it finds and keeps the indices of videos, if there is one.
+    """
+    assert pixels is not None, "clips need a place"
+    decoder = Decoder(None if index is None else IndexFile(index))
+
+    def read(task: Task) -> Outcome:
+        shaped = plan.at(task.cursor)
+        return perform(task, shaped, decoder=decoder, out=clip_in(pixels, shaped))
+
+    try:
+        yield read
+    finally:
+        decoder.close()
+
+
+def clip_bytes(plan: ClipPlan) -> int:
+    """Memory for one clip of any shape of the plan."""
+    return max(3 * t * h * w for t, (h, w) in plan.shapes())
+
+
+def clip_in(pixels: Tensor, plan: ClipPlan) -> Tensor:
+    """The part of flat uint8 memory that holds a clip of the plan's shape: uint8 3 t H W."""
+    shape = (3, plan.frames, *plan.size)
+    return pixels[: math.prod(shape)].view(shape)
 
 
 class Search:

@@ -30,6 +30,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 from torch import Tensor
 
+from causalvae.data.index import Entry, FrameIndex, IndexFile, Stamp
 from causalvae.errors import VideoError
 
 ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
@@ -43,32 +44,18 @@ ESCAPES = 3  # seeks that may land too late before the file is read from its sta
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file holds. frames: how many decode; height, width: as displayed; fps: average."""
+    """What a file holds. frames: how many decode; height, width: as displayed; fps: average.
+
+    codec, container: as FFmpeg names them.
+    """
 
     path: str
     frames: int
     height: int
     width: int
     fps: float | None
-
-
-@dataclass(frozen=True)
-class FrameIndex:
-    """Where each frame is. All by display order.
-
-    labels: what tells frames apart: the packet's presentation time, or its position where `by_position`.
-    Empty if there is nothing to go by, and the file is always read from its start.
-    keys: numbers of the keyframes; key_times: what to seek to for each.
-    lead: how many keyframes before the one needed a read enters.
-    """
-
-    stamp: tuple[int, int, int]
-    frames: int
-    labels: "array[int]"
-    keys: "array[int]"
-    key_times: "array[int]"
-    by_position: bool
-    lead: int
+    codec: str
+    container: str
 
 
 def printable(name: str | Path) -> str:
@@ -104,19 +91,28 @@ def read_frames(path: str | Path, indices: Sequence[int]) -> Tensor:
 
 
 class Decoder:
-    """Reads frames and remembers the index of the files it has seen. One per process or thread."""
+    """Reads frames and remembers the index of the files it has seen. One per process or thread.
 
-    def __init__(self) -> None:
+    kept: what other processes and earlier runs have found out; what is new is added to it.
+    """
+
+    def __init__(self, kept: IndexFile | None = None) -> None:
+        self._kept = kept
         self._indices: OrderedDict[str, FrameIndex] = OrderedDict()
         self._reformatter = VideoReformatter()  # one for all frames: it keeps its tables
 
+    def close(self) -> None:
+        """Write what is new, and close what was opened."""
+        if self._kept is not None:
+            self._kept.close()
+
     def num_frames(self, path: str | Path) -> int:
         """How many frames of the file decode, from the index."""
-        return self._index(str(path)).frames
+        return self.index(str(path)).frames
 
     def frame_times(self, path: str | Path) -> "array[int] | None":
         """When each frame is shown, in the stream's time base; None where the packets don't tell."""
-        index = self._index(str(path))
+        index = self.index(str(path))
         return None if index.by_position or not index.labels else index.labels
 
     def probe(self, path: str | Path) -> VideoInfo:
@@ -124,14 +120,26 @@ class Decoder:
         name = str(path)
         frames = self.num_frames(name)
         height, width = self.read_frames(name, [0]).shape[1:3]
-        with opened(name) as (_, stream):
-            rate = stream.average_rate
-        return VideoInfo(name, frames, height, width, float(rate) if rate else None)
+        with opened(name) as (container, stream):
+            rate = float(stream.average_rate) if stream.average_rate else None
+            codec, kind = stream.codec_context.name, container.format.name.split(",")[0]
+        return VideoInfo(name, frames, height, width, rate, codec, kind)
+
+    def check(self, path: str | Path) -> None:
+        """Decode every frame. VideoError that names the first one that is damaged or missing."""
+        name, count = str(path), 0
+        with opened(name) as (container, stream):
+            for frame, _ in decoded_frames(container, stream, by_position=False):
+                if frame.is_corrupt:
+                    raise VideoError(f"{shown(name)}: frame {count} is damaged")
+                count += 1
+        if count < self.num_frames(name):
+            raise VideoError(f"{shown(name)}: only {count} of its {self.num_frames(name)} frames decode")
 
     def read_frames(self, path: str | Path, indices: Sequence[int]) -> Tensor:
         """Frames of the file by number: uint8 t h w 3, upright, in the order of `indices`."""
         name = str(path)
-        index = self._index(name)
+        index = self.index(name)
         numbers = [int(i) for i in indices]
         if not numbers or min(numbers) < 0:
             raise VideoError(f"{shown(name)}: frame numbers start at 0, got {numbers}")
@@ -145,17 +153,21 @@ class Decoder:
             return torch.from_numpy(frames)
         return torch.from_numpy(frames[[wanted.index(i) for i in numbers]])
 
-    def _index(self, name: str) -> FrameIndex:
-        stamp = file_stamp(name)
+    def index(self, name: str) -> FrameIndex:
+        """Where each frame of a file is. VideoError if none of it can be decoded."""
+        stamp = stamp_of(name)
         known = self._indices.get(name)
         if known is not None and known.stamp == stamp:
             self._indices.move_to_end(name)
             return known
-        index = _index_by_packets(name, stamp)
+        entry = None if self._kept is None else self._kept.get(name, stamp)
+        index = None if entry is None else entry.frames
         if index is None:
-            index = _index_by_decoding(name, stamp)
-        if index.frames == 0:
-            raise VideoError(f"{shown(name)}: no frame of it can be decoded")
+            index = _index_by_packets(name, stamp) or _index_by_decoding(name, stamp)
+            if index.frames == 0:
+                raise VideoError(f"{shown(name)}: no frame of it can be decoded")
+            if self._kept is not None:
+                self._kept.keep(name, Entry(stamp, index), stamp_now=stamp_of(name))
         self._indices[name] = index
         if len(self._indices) > INDEX_CACHE:
             self._indices.popitem(last=False)
@@ -237,7 +249,7 @@ class _NotExactError(Exception):
     """What came out of the decoder does not match the index."""
 
 
-def file_stamp(name: str) -> tuple[int, int, int]:
+def stamp_of(name: str) -> Stamp:
     """Size, time of change and inode of a regular file. Anything else is a VideoError: a fifo would hang."""
     try:
         found = os.stat(file_and_part(name)[0])
@@ -255,7 +267,7 @@ def opened(name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
 
     The absolute path keeps FFmpeg from reading `http:x.mp4` as an address.
     """
-    file_stamp(name)
+    stamp_of(name)
     is_part = file_and_part(name)[1] is not None
     address, protocols = (name, "subfile,file") if is_part else (os.path.abspath(name), "file")
     try:
@@ -325,7 +337,7 @@ def _numbered(
         yield number, frame
 
 
-def _index_by_packets(name: str, stamp: tuple[int, int, int]) -> FrameIndex | None:
+def _index_by_packets(name: str, stamp: Stamp) -> FrameIndex | None:
     """The index by presentation times, without decoding, or None where packets don't tell the order."""
     count, shown_at, keys = 0, array("q"), list[tuple[int, int]]()
     with opened(name) as (container, stream):
@@ -358,7 +370,7 @@ def _index_by_packets(name: str, stamp: tuple[int, int, int]) -> FrameIndex | No
     )
 
 
-def _bare_index(stamp: tuple[int, int, int], frames: int) -> FrameIndex:
+def _bare_index(stamp: Stamp, frames: int) -> FrameIndex:
     """The index of a file that is always read from its start."""
     return FrameIndex(stamp, frames, array("q"), array("q"), array("q"), by_position=False, lead=0)
 
@@ -368,7 +380,7 @@ def _is_shown(packet: av.Packet, stream: VideoStream) -> bool:
     return stream.codec_context.name != "vp8" or bool(memoryview(packet)[0] & 16)
 
 
-def _index_by_decoding(name: str, stamp: tuple[int, int, int]) -> FrameIndex:
+def _index_by_decoding(name: str, stamp: Stamp) -> FrameIndex:
     """The index by decoding the file once. In an AVI, frames are known by the position of their packet."""
     labels: list[int | None] = []
     keys: list[int] = []

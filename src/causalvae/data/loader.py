@@ -12,25 +12,33 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from causalvae.data.clips import ClipPlan, ClipRequest, Outcome, Search, Task, perform
+from causalvae.data.clips import (
+    ClipPlan,
+    ClipRequest,
+    Outcome,
+    Search,
+    Task,
+    clip_bytes,
+    clip_in,
+    clip_reader,
+    perform,
+)
 from causalvae.data.decode import Decoder
+from causalvae.data.index import IndexFile
 from causalvae.data.sources import ClipSource
-from causalvae.data.workers import Worker
+from causalvae.data.workers import DEATHS, TICK, Crew, News, Worker
 from causalvae.errors import ConfigError, RunError
-
-START_SECONDS = 120.0  # for a process to import what it needs, from a slow disk
-START_FAILURES = 3  # processes in a row that ended before they were ready
-DEATHS = 2  # of processes over one task before the video is blamed
-TICK = 0.5  # seconds between looks at the clock
 
 Record = dict[str, Any]  # Any: what a line of JSON may hold
 
@@ -50,11 +58,11 @@ class ClipLoader:
     """An endless iterator over `Clips`, from any cursor. A context manager: leaving it ends the processes.
 
     workers: processes; with 0 a thread of this one reads, and a file that hangs it can't be given up.
-    clip_timeout: seconds with one clip after which a process is taken to hang. quarantined: ids of videos
-    recorded by an earlier run; they are not recorded again. unreadable: ids of those that are bad as a
-    whole, with the reason; they are not even opened. on_quarantine: called while a batch is taken, once per
-    bad video, with `video`, `path`, `reason`, and `whole`: whether the file is bad whatever clip is asked
-    of it. In the same order for any number of workers.
+    clip_timeout: seconds with one clip after which a process is taken to hang. known: ids of videos that are
+    recorded already, with the reason why one is bad as a whole and is not even opened, or None. index: the
+    file where indices of videos are found and kept (`data.index.prepare`). on_quarantine: called while a
+    batch is taken, once per bad video, with `video`, `path`, `reason`, and `whole`: whether the file is bad
+    whatever clip is asked of it. In the same order for any number of workers.
     """
 
     def __init__(
@@ -65,13 +73,15 @@ class ClipLoader:
         cursor: int = 0,
         workers: int = 0,
         clip_timeout: float = 60.0,
-        quarantined: Collection[str] = (),
-        unreadable: Mapping[str, str] | None = None,
+        known: Mapping[str, str | None] | None = None,
+        index: Path | None = None,
         on_quarantine: Callable[[Record], None] | None = None,
     ) -> None:
-        self._feed = Feed(source, plan, cursor=cursor, workers=workers, clip_timeout=clip_timeout)
-        self._feed.bad.update(unreadable or {})
-        self._recorded = {*quarantined, *self._feed.bad}
+        self._feed = Feed(
+            source, plan, cursor=cursor, workers=workers, clip_timeout=clip_timeout, index=index
+        )
+        self._recorded = set(known or {})
+        self._feed.bad.update({video: why for video, why in (known or {}).items() if why is not None})
         self._on_quarantine = on_quarantine
         self._waited = 0.0
         self._thread = threading.Thread(target=self._feed.run, name="causalvae-clips", daemon=True)
@@ -164,12 +174,18 @@ class Feed:
     """
 
     def __init__(
-        self, source: ClipSource, plan: ClipPlan, *, cursor: int, workers: int, clip_timeout: float
+        self,
+        source: ClipSource,
+        plan: ClipPlan,
+        *,
+        cursor: int,
+        workers: int,
+        clip_timeout: float,
+        index: Path | None,
     ) -> None:
         self.finished: queue.Queue[Batch | str | None] = queue.Queue()
         self.bad: dict[str, str] = {}
         self._source, self._plan, self._clip_timeout = source, plan, clip_timeout
-        self._wanted_workers = workers
         self._ahead = 2 + math.ceil(workers / plan.batch)
         self._limit = cursor + self._ahead
         self._next = cursor
@@ -177,10 +193,14 @@ class Feed:
         self._woken, self._waker = Pipe(duplex=False)
         self._batches: deque[Batch] = deque()
         self._todo: deque[tuple[Batch, Search]] = deque()
-        self._crew: dict[Worker, tuple[Batch, Search] | None] = {}
-        self._failed_starts = 0
-        self._looked = time.monotonic()
-        self._decoder = Decoder()
+        self._crew = Crew[Task, Outcome](
+            partial(clip_reader, plan, index),
+            size=workers,
+            timeout=clip_timeout,
+            shared_bytes=clip_bytes(plan),
+        )
+        self._places: dict[Worker[Task, Outcome], tuple[Batch, Search]] = {}
+        self._decoder = Decoder(None if index is None else IndexFile(index))
 
     def taken(self, cursor: int) -> None:
         """The batch of this cursor was taken: go on reading ahead."""
@@ -197,8 +217,8 @@ class Feed:
         try:
             while not self._stopping and not (self._batches and self._batches[0].error):
                 self._open_batches()
-                self._staff()
-                if self._crew:
+                self._make_do(self._crew.staff())
+                if self._crew.workers:
                     self._hand_out()
                     self._listen()
                 elif self._todo:
@@ -207,8 +227,8 @@ class Feed:
                     self._rest([])
                 self._ship()
         finally:
-            for worker in self._crew:
-                worker.kill()
+            self._crew.kill()
+            self._decoder.close()
             self.finished.put(None)
 
     def _open_batches(self) -> None:
@@ -226,24 +246,19 @@ class Feed:
                 return
             self._batches.popleft()
 
-    def _staff(self) -> None:
-        """Start the processes that are missing. If that fails, go on with those there are, and say so."""
-        while len(self._crew) < self._wanted_workers:
-            try:
-                self._crew[Worker(self._plan)] = None
-            except (OSError, EOFError) as error:
-                self._count_failed_start(f"{type(error).__name__}: {error}")
-
-    def _make_do(self, reason: str) -> None:
-        self._wanted_workers = len(self._crew)
-        with_what = f"by {len(self._crew)} of them" if self._crew else "in the training process itself"
+    def _make_do(self, reason: str | None) -> None:
+        """Say that there are fewer processes than wanted, if there is a reason."""
+        if reason is None:
+            return
+        left = self._crew.size
+        with_what = f"by {left} of them" if left else "in the training process itself"
         self.finished.put(
             f"--dataloader_num_workers: a process can't be started ({reason}). Clips are read {with_what}, "
             f"and they are the same. A script that trains needs `if __name__ == '__main__':` around the call"
         )
 
     def _hand_out(self) -> None:
-        for worker in [w for w, place in self._crew.items() if w.ready and place is None]:
+        for worker in self._crew.idle():
             if not self._todo:
                 return
             batch, search = self._todo.popleft()
@@ -251,7 +266,7 @@ class Feed:
             if task is None:
                 continue
             if worker.send(task):
-                self._crew[worker] = (batch, search)
+                self._places[worker] = (batch, search)
             else:
                 self._todo.appendleft((batch, search))  # it has died; `_listen` will see that
 
@@ -276,21 +291,15 @@ class Feed:
 
     def _listen(self) -> None:
         """Wait for news of the processes, and settle what they bring: clips, bad videos, deaths, hangs."""
-        self._rest([x for worker in self._crew for x in (worker.connection, worker.process.sentinel)])
-        # A machine that was suspended, or a Ctrl-Z, is no hang: a pause counts as little.
-        now = time.monotonic()
-        seconds, self._looked = min(now - self._looked, 2 * TICK), now
-        for worker in list(self._crew):
-            task = worker.task
-            outcome = worker.receive()
-            if outcome is not None and task is not None:
-                self._settle(worker, task, outcome)
-            elif not worker.process.is_alive():
-                self._bury(worker)
-            elif worker.task is not None or not worker.ready:
-                worker.seconds += seconds
-                if worker.seconds > (self._clip_timeout if worker.ready else START_SECONDS):
-                    self._end(worker)
+        self._rest(self._crew.signs())
+        found, problem = self._crew.news()
+        for news in found:
+            place = self._places.pop(news.worker)
+            if news.result is not None:
+                self._settle(place, news, outcome=news.result)
+            else:
+                self._blame(place, news)
+        self._make_do(problem)
 
     def _rest(self, sources: list[Any]) -> None:  # Any: what multiprocessing can wait for
         """Wait until one of the sources or the training thread has news, or a tick has passed."""
@@ -298,49 +307,21 @@ class Feed:
             while self._woken.poll():
                 self._woken.recv_bytes()
 
-    def _settle(self, worker: Worker, task: Task, outcome: Outcome) -> None:
-        place = self._crew[worker]
-        self._crew[worker] = None
-        self._failed_starts = 0
-        assert place is not None, "an outcome without a task"
-        self._settle_place(place, task, outcome=outcome, clip=worker.clip(place[0].plan))
-
-    def _settle_place(
-        self, place: tuple[Batch, Search], task: Task, *, outcome: Outcome, clip: Tensor | None
-    ) -> None:
+    def _settle(self, place: tuple[Batch, Search], news: News[Task, Outcome], *, outcome: Outcome) -> None:
         batch, search = place
-        if not search.settle(task, outcome):
+        if not search.settle(news.task, outcome):
             self._todo.appendleft(place)
-        elif clip is not None:
-            batch.pixels[search.sample].copy_(clip)
+        elif news.worker.pixels is not None:
+            batch.pixels[search.sample].copy_(clip_in(news.worker.pixels, batch.plan))
 
-    def _bury(self, worker: Worker) -> None:
-        """A process has died. Its task is tried once more; then the video is taken to be the cause."""
-        place, task = self._crew.pop(worker), worker.task
-        how = worker.kill()
-        if not worker.ready:
-            self._count_failed_start(how)
-        if place is None or task is None:
-            return
-        place[1].deaths += 1
-        if place[1].deaths < DEATHS:
+    def _blame(self, place: tuple[Batch, Search], news: News[Task, Outcome]) -> None:
+        """A process is gone. Where it died, its task is tried once more; else the video is to blame."""
+        search = place[1]
+        search.deaths += 1
+        if not news.hung and search.deaths < DEATHS:
             self._todo.appendleft(place)
-            return
-        reason = f"the process that read it died {DEATHS} times ({how})"
-        self._settle_place(place, task, outcome=Outcome("bad", reason=reason, whole=True), clip=None)
-
-    def _end(self, worker: Worker) -> None:
-        """A process hangs. It is killed, and the video is taken to be the cause."""
-        place, task = self._crew.pop(worker), worker.task
-        worker.kill()
-        if not worker.ready:
-            self._count_failed_start(f"not ready after {START_SECONDS:g} s")
-        if place is None or task is None:
             return
         reason = f"reading it took longer than {self._clip_timeout:g} s"
-        self._settle_place(place, task, outcome=Outcome("bad", reason=reason, whole=True), clip=None)
-
-    def _count_failed_start(self, how: str) -> None:
-        self._failed_starts += 1
-        if self._failed_starts >= START_FAILURES:
-            self._make_do(how)
+        if not news.hung:
+            reason = f"the process that read it died {DEATHS} times ({news.died})"
+        self._settle(place, news, outcome=Outcome("bad", reason=reason, whole=True))

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,10 @@ SIDECARS = (".txt", ".json")  # of a video in a tar file
 LIST_KEYS = ("video", "path", "file")  # of a CSV column or JSON field that holds the path
 CLIPS = Path(__file__).parent.parent / "clips"
 SAMPLES = {"sample:": ("bunny.webm", "city_towers.avi"), "sample:heldout": ("city_spire.mp4",)}
+UCF101 = "https://www.crcv.ucf.edu/data/UCF101.php"
+# A line of its split files: the class, a video of it by its fixed name, and in lists for training a label.
+UCF101_LINE = re.compile(r"(\w+/v_\w+_g\d\d_c\d\d\.avi)(?: \d+)?")
+UCF101_FOLDER = "UCF-101"  # beside the folder of lists, as both are unpacked
 TRY_SAMPLES = "meanwhile `{}sample:` works, with the clips that come with the package"
 
 
@@ -81,8 +86,9 @@ def open_source(
 ) -> ClipSource:
     """The source that `--video_path` names. ConfigError, with what to do, if there is none.
 
-    A folder (searched recursively), a video or image, a list (.txt: a path per line; .csv, .jsonl: a column
-    `video`, `path` or `file`), tar files (`shard-{000..012}.tar`), `sample:`, or `sample:heldout`.
+    A folder (searched recursively), a video or image, a list (.txt: a path per line, or a split of UCF101;
+    .csv, .jsonl: a column `video`, `path` or `file`), tar files (`shard-{000..012}.tar`), `sample:`, or
+    `sample:heldout`.
     flag: what stands before the path on the command line, for messages. caption_column: the column or field
     of a .csv or .jsonl that says what is in a video.
     """
@@ -117,7 +123,11 @@ def _missing(path: Path, *, named: str, flag: str) -> str:
     text = f"{named}: there is no such file or folder"
     text += f" (of that path, {printable(os.path.abspath(nearest))} exists)"
     if "ucf101" in str(path).lower():
-        text += ". UCF101 is at https://www.crcv.ucf.edu/data/UCF101.php: unpack it there or give its folder"
+        text += (
+            f". UCF101 is published at {UCF101}: fetch UCF101.rar, unpack it with `unrar x "
+            "UCF101.rar` or `7z x UCF101.rar`, and give the folder UCF-101 that comes out of it, or a list "
+            "of its train/test splits (trainlist01.txt)"
+        )
     else:
         text += ". Give a folder with videos, a video, or a list of paths"
     return f"{text}; {TRY_SAMPLES.format(flag)}"
@@ -169,8 +179,18 @@ def _list_source(path: Path, caption_column: str | None, *, named: str) -> FileS
     if not rows:
         raise ConfigError(f"{named}: the list names no video")
     folder = os.path.dirname(os.path.abspath(path))
+    splits = [UCF101_LINE.fullmatch(name.rstrip()) for name, _ in rows]
+    if all(splits):
+        rows = [(split[1], text) for split, (_, text) in zip(splits, rows, strict=True) if split]
+        folder = _ucf101_videos(folder, first=rows[0][0])
     refs = (VideoRef(name, os.path.normpath(os.path.join(folder, name)), text) for name, text in rows)
     return FileSource(path.name, refs)
+
+
+def _ucf101_videos(folder: str, *, first: str) -> str:
+    """Where the videos of a split file are: in its own folder, else in UCF-101 beside or in it."""
+    places = (folder, os.path.join(folder, UCF101_FOLDER), os.path.join(folder, "..", UCF101_FOLDER))
+    return next((place for place in places if os.path.exists(os.path.join(place, first))), folder)
 
 
 def _shard_source(pattern: str, *, named: str) -> FileSource:

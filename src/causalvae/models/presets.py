@@ -351,3 +351,18 @@ PARAMETERS = {
     "wfvae-8": 146_662_604,
     "wfvae-16": 317_081_244,
 }
+
+
+def presets_table() -> str:
+    """The presets as lines of columns: size, factors, channels, widths, whether they stream."""
+    rows = [("preset", "parameters", "t x h x w", "channels", "widths", "streams")]
+    for name, config in PRESETS.items():
+        geometry, reason = config.geometry, config.why_not_streamable
+        factors = f"{geometry.temporal} x {geometry.spatial} x {geometry.spatial}"
+        widths = " ".join(str(width) for width in config.widths)
+        streams = f"no: {reason}" if reason else "yes"
+        size = f"{PARAMETERS[name] / 1e6:.1f} M"
+        rows.append((name, size, factors, str(geometry.channels), widths, streams))
+    columns = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    padded = ([cell.ljust(columns[i]) for i, cell in enumerate(row)] for row in rows)
+    return "".join("  ".join(row).rstrip() + "\n" for row in padded)

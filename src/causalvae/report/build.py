@@ -148,7 +148,7 @@ def _render(data: Mapping[str, Any], context: Mapping[str, Any], *, plotly: str,
     loader = jinja2.FileSystemLoader(HERE / "page")
     jinja = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     script = "\n".join((HERE / "page" / name).read_text(encoding="utf-8") for name in SCRIPTS)
-    hashes = " ".join(_source(text) for text in (plotly, script))
+    hashes = " ".join(source_of(text) for text in (plotly, script))
     page = jinja.get_template("page.html.j2").render(
         context,
         texts=read_texts(lang),
@@ -162,6 +162,6 @@ def _render(data: Mapping[str, Any], context: Mapping[str, Any], *, plotly: str,
     return page.encode(errors="backslashreplace")
 
 
-def _source(script: str) -> str:
+def source_of(script: str) -> str:
     """A script as the policy names it."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

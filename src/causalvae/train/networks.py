@@ -14,9 +14,9 @@ from causalvae import rng
 from causalvae.config import TrainSettings, warmup_steps
 from causalvae.losses import LossPlan, build_critic
 from causalvae.machine import Machine, available_bytes, hand_back_memory, home
-from causalvae.models.build import Model, build
+from causalvae.models.build import Model, build, skeleton
 from causalvae.models.diffusers import DiffusersVAE
-from causalvae.models.presets import PRESETS
+from causalvae.models.presets import PRESETS, ModelConfig
 from causalvae.rundir import MANIFEST, Checkpoint
 from causalvae.train.convolutions import (
     Checked,
@@ -80,12 +80,13 @@ def build_state(
     lay_out(vae)
     names = _learning(vae, settings.train_parts)
     kept = read_counters(start.path) if start is not None else {}
-    plan = _step_plan(settings, vae, critic, precision=precision, loss=loss, kept=kept)
+    known = {"loss": loss, "available": available_bytes(str(device)), "kept": kept}
+    plan = step_plan(settings, (vae, critic), precision=precision, **known)
     if plan.tight:
         hand_back_memory()
     vae.set_recompute(on=plan.recompute)
     ema = {name: p.detach().clone() for name, p in vae.named_parameters()} if settings.use_ema else {}
-    marks = {"parts": plan.parts, "recompute": plan.recompute, "batches": _batch_shapes(settings)}
+    marks = {"parts": plan.parts, "recompute": plan.recompute, "batches": batch_shapes(settings)}
     checked = _check_convolutions(settings, vae, critic, precision=precision, parts=plan.parts, kept=kept)
     state = _trained(settings, vae, critic, ema=ema, names=names, precision=precision, keep=checked.keep)
     state.kept = {**marks, "kernels": checked.kernels, "in_fp32": sorted(checked.keep)}
@@ -174,7 +175,7 @@ def _under(prefix: str, names: frozenset[str]) -> set[str]:
     return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
 
 
-def _batch_shapes(settings: TrainSettings) -> list[tuple[int, ...]]:
+def batch_shapes(settings: TrainSettings) -> list[tuple[int, ...]]:
     """b 3 t h w of every kind of batch."""
     plan = clip_plan(settings)
     return [(plan.batch, 3, frames, *size) for frames, size in plan.shapes()]
@@ -194,17 +195,26 @@ def _limits(settings: TrainSettings, vae: Model, *, precision: Precision, scaled
     return said
 
 
-def _step_plan(
+def sketch(settings: TrainSettings, config: ModelConfig) -> tuple[Model, nn.Module | None]:
+    """The networks of a run on the meta device: what its step is planned from, without their memory."""
+    vae, critic = skeleton(config), _critic(settings, torch.device("meta"))
+    lay_out(vae)
+    _learning(vae, settings.train_parts)
+    return vae, critic
+
+
+def step_plan(
     settings: TrainSettings,
-    vae: Model,
-    critic: nn.Module | None,
+    networks: tuple[Model, nn.Module | None],
     *,
     precision: Precision,
     loss: LossPlan,
+    available: int | None,
     kept: Mapping[str, Any],  # Any: JSON
 ) -> StepPlan:
     """Parts and recomputation. Convolutions that a check will keep in fp32 are planned in fewer bits.
 
+    networks: autoencoder and critic, on any device. available: bytes that a step may take, None if unknown.
     kept: of the checkpoint. What `auto` found then is taken again, whatever memory is free now, since the
     number of parts decides how sums are rounded.
     """
@@ -213,21 +223,28 @@ def _step_plan(
         return StepPlan(least)
     if settings.memory.policy == "auto" and _as_now(kept, settings) and kept["parts"] >= least:
         return StepPlan(kept["parts"], recompute=kept["recompute"])
-    device = vae.last_layer.get_parameter("weight").device
     return plan_step(
-        blueprint(vae, critic, ema=settings.use_ema, lowered=partial(lower, precision=precision)),
-        shapes=_batch_shapes(settings),
+        on_paper(settings, networks, precision=precision),
+        shapes=batch_shapes(settings),
         parts=settings.gradient_accumulation_steps,
         memory=settings.memory,
-        available_bytes=available_bytes(str(device)),
+        available_bytes=available,
         loss=loss,
         optimizer=settings.optim,
     )
 
 
+def on_paper(
+    settings: TrainSettings, networks: tuple[Model, nn.Module | None], *, precision: Precision
+) -> TrainState:
+    """The training of these networks on the meta device, in the numbers of the run."""
+    lowered = partial(lower, precision=precision)
+    return blueprint(*networks, ema=settings.use_ema, lowered=lowered)
+
+
 def _as_now(kept: Mapping[str, Any], settings: TrainSettings) -> bool:
     """Whether a checkpoint was made with batches of these sizes."""
-    return kept.get("batches") == [list(shape) for shape in _batch_shapes(settings)]
+    return kept.get("batches") == [list(shape) for shape in batch_shapes(settings)]
 
 
 def _check_convolutions(
@@ -251,7 +268,7 @@ def _check_convolutions(
     if kept.get("kernels") == same and kept["parts"] == parts and _as_now(kept, settings):
         return Checked(frozenset(kept["in_fp32"]), "", kernels=same)
     shapes: dict[str, frozenset[ConvShape]] = {}
-    for clips in _batch_shapes(settings):
+    for clips in batch_shapes(settings):
         pieces = min(parts, clips[0])
         found = shapes_of_run(vae, critic, geometry=vae.geometry, clips=clips, parts=pieces)
         shapes = {name: shapes.get(name, frozenset()) | each for name, each in found.items()}

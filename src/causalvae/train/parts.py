@@ -20,7 +20,7 @@ from causalvae.data.sources import ClipSource
 from causalvae.errors import ConfigError, RunError, WeightsError
 from causalvae.flags import read_settings
 from causalvae.losses import LossPlan
-from causalvae.machine import Machine, capability, environment, torch_facts
+from causalvae.machine import Capability, Machine, capability, environment, torch_facts
 from causalvae.models.presets import PRESETS
 from causalvae.perceptual import Perceptual, Shelf, build_perceptual, refuse_change
 from causalvae.rundir import Checkpoint, RunDir, damage
@@ -40,11 +40,11 @@ def check_start(settings: TrainSettings, path: Path) -> Loaded | None:
             "a run, or --load_from_checkpoint"
         )
     if settings.resume not in ("auto", "never"):
-        _checkpoint_at(Path(settings.resume))
+        checkpoint_at(Path(settings.resume))
         return None
     loaded = load_start(settings)
     if loaded is not None:
-        _refuse_odd_sizes(settings, loaded)
+        refuse_odd_sizes(settings, loaded)
     return loaded
 
 
@@ -53,7 +53,7 @@ def load_start(settings: TrainSettings) -> Loaded | None:
     if settings.load_from_checkpoint is None:
         return None
     path = Path(settings.load_from_checkpoint)
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists() raises for a name too long
         raise ConfigError(
             f"--load_from_checkpoint {path}: there is no such file. Leave the flag out to start from seeded "
             "random weights, make a first checkpoint with `causalvae init`, or name anybody's weights"
@@ -66,7 +66,7 @@ def load_start(settings: TrainSettings) -> Loaded | None:
         raise WeightsError(f"--load_from_checkpoint {error}") from error
 
 
-def _refuse_odd_sizes(settings: TrainSettings, loaded: Loaded) -> None:
+def refuse_odd_sizes(settings: TrainSettings, loaded: Loaded) -> None:
     """ConfigError unless the loaded model's spatial factor divides every size; `--model` may have another."""
     factor = loaded.config.geometry.spatial
     for _, size in clip_plan(settings).shapes():
@@ -92,12 +92,12 @@ def starting_point(
     replay = replayed(settings)
     checkpoint = None if replay is not None else run.latest()
     if checkpoint is None and settings.resume not in ("auto", "never"):
-        checkpoint = _checkpoint_at(Path(settings.resume))
+        checkpoint = checkpoint_at(Path(settings.resume))
     if checkpoint is not None:
         before = checkpoint.path.parent.parent
-        settings = _continue(settings, before / "config.yaml")
+        settings = go_on_with(settings, before / "config.yaml")
         if before == run.path:
-            _refuse_other_videos(run.path / "run.json", source)
+            refuse_other_videos(run.path / "run.json", source)
         torch.set_num_threads(read_counters(checkpoint.path)["threads"])
     if settings.mode != 2 and replay is None:
         run.rewind("metrics.jsonl", checkpoint.step if checkpoint is not None else 0)
@@ -113,7 +113,8 @@ def replayed(settings: TrainSettings) -> Path | None:
     return Path(settings.resume)
 
 
-def _refuse_other_videos(facts: Path, source: ClipSource) -> None:
+def refuse_other_videos(facts: Path, source: ClipSource) -> None:
+    """ConfigError unless these are the videos of the run whose run.json this is."""
     saved = json.loads(facts.read_text())["dataset"]
     if saved["fingerprint"] != source.fingerprint:
         raise ConfigError(
@@ -124,8 +125,9 @@ def _refuse_other_videos(facts: Path, source: ClipSource) -> None:
         )
 
 
-def _checkpoint_at(path: Path) -> Checkpoint:
-    if not (path / "state.json").is_file():
+def checkpoint_at(path: Path) -> Checkpoint:
+    """The checkpoint that --resume names. ConfigError if there is none, RunError if it is damaged."""
+    if not os.path.isfile(path / "state.json"):
         raise ConfigError(
             f"--resume {path}: no checkpoint is there; name a folder such as RUN/checkpoints/step-00001000 "
             "that holds state.json"
@@ -136,7 +138,8 @@ def _checkpoint_at(path: Path) -> Checkpoint:
     return Checkpoint(read_counters(path)["step"], path, full=True)
 
 
-def _continue(settings: TrainSettings, config: Path) -> TrainSettings:
+def go_on_with(settings: TrainSettings, config: Path) -> TrainSettings:
+    """The settings with which a run goes on. config: what it saved. ConfigError if they make another run."""
     saved, _ = read_settings(TrainSettings, ["--config", str(config)])
     changed = changed_mathematics(saved, settings)
     if changed:
@@ -155,14 +158,33 @@ def choose_precision(
     began: Mapping[str, Any] | None,  # Any: JSON
 ) -> Precision:
     """What a run computes in here; one that goes on keeps to what it began with. began: `facts_before`."""
-    saved = None if began is None else (began["precision"], began["amp_level"])
-    wanted = {settings.precision, *([saved[0]] if saved is not None else [])} & {"bf16", "fp16"}
+    able = able_to(settings, device, began=began)
+    return precision_of(settings, str(device), able, began=began)
+
+
+def able_to(
+    settings: TrainSettings,
+    device: torch.device,
+    *,
+    began: Mapping[str, Any] | None,  # Any: JSON
+) -> Capability:
+    """What the device can do of what the run may want; the rest is not tried, which takes time."""
+    wanted = {settings.precision, *([began["precision"]] if began is not None else [])} & {"bf16", "fp16"}
     if settings.precision == "auto" and device.type == "cuda":
         wanted.add("bf16")
-    able = capability(str(device), os.environ, names=sorted(wanted))
-    return Precision.of(
-        settings.precision, settings.amp_level, device=str(device), capability=able, saved=saved
-    )
+    return capability(str(device), os.environ, names=sorted(wanted))
+
+
+def precision_of(
+    settings: TrainSettings,
+    device: str,
+    able: Capability,
+    *,
+    began: Mapping[str, Any] | None,  # Any: JSON
+) -> Precision:
+    """What a run computes in on a device that can do this."""
+    saved = None if began is None else (began["precision"], began["amp_level"])
+    return Precision.of(settings.precision, settings.amp_level, device=device, capability=able, saved=saved)
 
 
 def clip_plan(settings: TrainSettings) -> ClipPlan:
@@ -199,11 +221,17 @@ def find_perceptual(
         return None, []
     if began is not None and choice == "auto" and began.get("perceptual") is None:
         choice, warnings = "none", ["this run was begun without a perceptual term and goes on without"]
-    smallest = min((min(size), size) for _, size in clip_plan(settings).shapes())[1]
-    found, more = build_perceptual(choice, size=smallest, shelf=Shelf.of(os.environ), progress=True)
+    found, more = build_perceptual(
+        choice, size=smallest_size(settings), shelf=Shelf.of(os.environ), progress=True
+    )
     if began is not None:
         refuse_change(began.get("perceptual"), found, run=path)
     return found, warnings + more
+
+
+def smallest_size(settings: TrainSettings) -> tuple[int, int]:
+    """Height and width of the smallest clips, which a network that judges frames has to take."""
+    return min((min(size), size) for _, size in clip_plan(settings).shapes())[1]
 
 
 def facts_before(settings: TrainSettings, path: Path) -> dict[str, Any] | None:  # Any: JSON

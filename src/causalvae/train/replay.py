@@ -98,7 +98,7 @@ def _save_state(before: TrainState, folder: Path) -> str | None:
 
 def is_replay(folder: Path) -> bool:
     """Whether a folder was written by `write_replay`."""
-    return (folder / CLIPS).is_file() and (folder / REPORT).is_file()
+    return os.path.isfile(folder / CLIPS) and os.path.isfile(folder / REPORT)
 
 
 def read_replay(folder: Path) -> Replay:

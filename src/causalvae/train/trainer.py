@@ -6,7 +6,7 @@ arguments.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from causalvae.config import TrainSettings, notices, to_yaml
 from causalvae.data.clips import ClipPlan, center_clip
+from causalvae.data.index import prepare
 from causalvae.data.loader import ClipLoader
+from causalvae.data.quarantine import Record, as_lines, read_quarantine
 from causalvae.data.sources import ClipSource, open_source
 from causalvae.errors import VideoError
 from causalvae.files import redact
 from causalvae.flags import Given
-from causalvae.machine import pick_device
+from causalvae.machine import home, pick_device
 from causalvae.perceptual import Perceptual
 from causalvae.rundir import Checkpoint, RunDir, run_path
 from causalvae.train.compiling import JitLevel, compile_blocks
@@ -46,6 +48,7 @@ from causalvae.train.runlog import RunLog
 from causalvae.train.signals import StopRequest, stop_on_signal
 from causalvae.weights.load import Loaded
 
+QUARANTINE = "quarantine.jsonl"
 NUM_SAMPLES = 2  # fixed clips that are reconstructed at every save
 
 
@@ -60,13 +63,17 @@ class RunResult:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a call of `train` was given, opened: settings in force, videos, where to compute, when to stop."""
+    """What a call of `train` was given, opened: settings in force, videos, where to compute, when to stop.
+
+    left_out: records of videos that --quarantine says can't be used.
+    """
 
     settings: TrainSettings
     given: Mapping[str, Given] | None
     command: Sequence[str]
     device: torch.device
     source: ClipSource
+    left_out: Sequence[Record]
     held_out: ClipSource | None
     perceptual: Perceptual | None
     precision: Precision
@@ -75,17 +82,23 @@ class _Asked:
 
 
 def train(
-    settings: TrainSettings, *, given: Mapping[str, Given] | None = None, command: Sequence[str] = ()
+    settings: TrainSettings,
+    *,
+    given: Mapping[str, Given] | None = None,
+    command: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> RunResult:
     """Train until max_steps, or go on where the run stopped. Returns when it is done or a signal asked to
     stop.
 
     given: what was not a default and where it came from, for config.yaml. command: as typed, for run.json.
+    notes: on how it was read, to warn of.
     Raises ConfigError for a mistake in what was asked, RunError if the run can't start or can't go on.
     """
-    warnings = notices(settings, given)
+    warnings = [*notes, *notices(settings, given)]
     device = torch.device(pick_device(settings.device))
     source = open_source(settings.video_path)
+    left_out = read_quarantine(Path(settings.quarantine), source) if settings.quarantine is not None else []
     held_out = open_source(settings.eval_video_path) if settings.eval_video_path is not None else None
     if held_out is not None:
         check_held_out(held_out, clip_plan(settings))
@@ -103,9 +116,8 @@ def train(
         ) as log:
             for warning in [*warnings, *precision.warnings, *more]:
                 log.warn(warning)
-            asked = _Asked(
-                settings, given, command, device, source, held_out, perceptual, precision, loaded, stop
-            )
+            chosen = (settings, given, command, device, source, left_out, held_out)
+            asked = _Asked(*chosen, perceptual, precision, loaded, stop)
             step = _work(asked, run, log, start=start)
     return RunResult(path, stop.status, step)
 
@@ -186,7 +198,7 @@ def _train(
     plan = clip_plan(settings)
     with _loader(asked, run, log, plan=plan, cursor=state.cursor) as loader:
         training = _training(asked, run, log, built=built, loader=loader, facts=facts)
-        training.samples += _fixed_clips(source, plan)
+        training.samples += _fixed_clips(source, plan, left_out=_unusable(run.records(QUARANTINE)).keys())
         log.say(f"{settings.exp_name}: {len(source)} videos, {_size_of(state.vae)}, from step {state.step}")
         for warning in _compile(settings, built, level=facts["jit_level"]):
             facts["jit_level"] = "O0"
@@ -237,10 +249,18 @@ def _repeat(asked: _Asked, run: RunDir, log: RunLog, *, built: Built, folder: Pa
 
 def _loader(asked: _Asked, run: RunDir, log: RunLog, *, plan: ClipPlan, cursor: int) -> ClipLoader:
     """The clips from this cursor on; bad videos are told once, and known ones not even opened."""
-    known = run.records("quarantine.jsonl")
+    unusable = _unusable(run.records(QUARANTINE))
+    new = [record for record in asked.left_out if record["video"] not in unusable]
+    run.append_text(QUARANTINE, as_lines(new))
+    if new:
+        log.say(f"{len(new)} videos are left out, as --quarantine {asked.settings.quarantine} says")
+    known = run.records(QUARANTINE)
+    index, warnings = prepare(home(os.environ))
+    for warning in warnings:
+        log.warn(warning)
 
-    def quarantine(record: dict[str, Any]) -> None:
-        run.append("quarantine.jsonl", record)
+    def quarantine(record: Record) -> None:
+        run.append(QUARANTINE, record)
         log.warn(f"{record['video']} is left out: {record['reason']}")
 
     return ClipLoader(
@@ -249,16 +269,23 @@ def _loader(asked: _Asked, run: RunDir, log: RunLog, *, plan: ClipPlan, cursor: 
         cursor=cursor,
         workers=asked.settings.dataloader_num_workers,
         clip_timeout=asked.settings.clip_timeout,
-        quarantined={record["video"] for record in known},
-        unreadable={record["video"]: record["reason"] for record in known if record["whole"]},
+        known=dict.fromkeys(record["video"] for record in known) | _unusable(known),
+        index=index,
         on_quarantine=quarantine,
     )
 
 
-def _fixed_clips(source: ClipSource, plan: ClipPlan) -> list[Tensor]:
+def _unusable(records: Sequence[Record]) -> dict[str, str]:
+    """Videos that are bad as a whole, with the reason."""
+    return {record["video"]: record["reason"] for record in records if record["whole"]}
+
+
+def _fixed_clips(source: ClipSource, plan: ClipPlan, *, left_out: Collection[str]) -> list[Tensor]:
     """The first clips of the dataset that can be read, cropped at the centre: uint8 3 t h w each."""
     clips: list[Tensor] = []
     for index in range(min(len(source), 4 * NUM_SAMPLES)):
+        if source[index].id in left_out:
+            continue
         try:
             clips.append(center_clip(source[index], plan))
         except VideoError:
