@@ -123,8 +123,8 @@ def test_a_reader_that_goes_away_ends_the_command_without_complaint() -> None:
 
 def test_a_bug_is_one_line_and_leaves_its_traceback_in_a_file(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom causalvae import cli\n"
-        "cli.COMMANDS['models'] = cli.Command(lambda argv: 1 // 0, cli.NoSettings, '', '')\n"
+        "import sys\nfrom causalvae import cli, commands\n"
+        "commands.COMMANDS['models'] = commands.Command(lambda argv: 1 // 0, commands.NoSettings, '', '')\n"
         "sys.exit(cli.main('models', []))"
     )
     environment = {**os.environ, "TMPDIR": str(tmp_path)}

@@ -112,7 +112,7 @@ def test_a_tile_as_large_as_the_frame_is_the_frame() -> None:
 def test_sizes_that_cannot_be_are_refused(asked: dict[str, int], message: str) -> None:
     wanted = {"height": 64, "width": 64, "tile": "auto", "budget": None, "chunk": None, **asked}
     with pytest.raises(ConfigError, match=message):
-        plan_coding(skeleton(TINY), **wanted): values of a table
+        plan_coding(skeleton(TINY), **wanted)
 
 
 def test_chunks_are_whole_latent_frames_and_windows_longer_than_what_they_share() -> None:

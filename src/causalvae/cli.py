@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from causalvae import __version__
 from causalvae.commands import COMMANDS, show
-from causalvae.config import help_text
 from causalvae.errors import CausalVAEError, ConfigError, exit_status
 from causalvae.flags import closest, printable
+from causalvae.flagtext import help_text
 from causalvae.reportflags import cut_at_command
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 from torch import Tensor
 
-from causalvae.data.index import Entry, FrameIndex, IndexFile, Stamp
+from causalvae.data.index import Entry, FrameIndex, IndexFile, Stamp, bare_index
 from causalvae.errors import VideoError
 
 ACCURATE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
@@ -353,7 +353,7 @@ def _index_by_packets(name: str, stamp: Stamp) -> FrameIndex | None:
         timed = timed or (container.format.name == "avi" and not stream.codec_context.has_b_frames)
         closed = stream.codec_context.name in CLOSED_CODECS or len(keys) == count
     if count <= 1:
-        return _bare_index(stamp, count)
+        return bare_index(stamp, count)
     times = array("q", sorted(shown_at))
     ordered = len(times) == count and all(a < b for a, b in pairwise(times))
     if not (timed and ordered and keys and keys[0][0] == shown_at[0] == times[0]):
@@ -368,11 +368,6 @@ def _index_by_packets(name: str, stamp: Stamp) -> FrameIndex | None:
         by_position=False,
         lead=0 if closed else 1,
     )
-
-
-def _bare_index(stamp: Stamp, frames: int) -> FrameIndex:
-    """The index of a file that is always read from its start."""
-    return FrameIndex(stamp, frames, array("q"), array("q"), array("q"), by_position=False, lead=0)
 
 
 def _is_shown(packet: av.Packet, stream: VideoStream) -> bool:
@@ -393,7 +388,7 @@ def _index_by_decoding(name: str, stamp: Stamp) -> FrameIndex:
             labels.append(label)
     known = [label for label in labels if label is not None and label >= 0]
     if not seekable or len(set(known)) != len(labels):
-        return _bare_index(stamp, len(labels))
+        return bare_index(stamp, len(labels))
     with opened(name) as (container, stream):
         starts = {packet.pos: packet.dts for packet in container.demux(stream) if packet.dts is not None}
     keys = [key for key in keys if known[key] in starts]

@@ -64,6 +64,11 @@ class FrameIndex:
     lead: int
 
 
+def bare_index(stamp: Stamp, frames: int) -> FrameIndex:
+    """The index of a file that is always read from its start."""
+    return FrameIndex(stamp, frames, array("q"), array("q"), array("q"), by_position=False, lead=0)
+
+
 @dataclass(frozen=True)
 class Entry:
     """What is known of one video. facts: as a scan found it, None if it was only trained on."""
