@@ -207,7 +207,6 @@ def spread(values: Sequence[float]) -> Json | None:
         return None
     data = np.asarray(values, np.float64)
     low, high = float(data.min()), float(data.max())
-    whole = bool((data == np.round(data)).all())
     if low == high:
         edges = np.array([low, high])
     elif low > 0 and high / low > WIDE:
@@ -220,7 +219,6 @@ def spread(values: Sequence[float]) -> Json | None:
         "quantiles": dict(zip(("min", "p5", "median", "p95", "max"), quantiles, strict=True)),
         "edges": [float(f"{edge:.6g}") for edge in edges],
         "counts": counts.tolist(),
-        "whole": whole,
     }
 
 
