@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -52,6 +53,14 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return weights_file(tmp_path_factory.mktemp("weights") / "small.safetensors", SMALL)
 
 
+@pytest.fixture(scope="session")
+def long_film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Takes longer than anybody waits here."""
+    options = {"preset": "ultrafast"}
+    path = tmp_path_factory.mktemp("film") / "b.mp4"
+    return write_film(path, frames=1000, size=(16, 16), options=options)
+
+
 @pytest.fixture
 def reconstruct(weights: Path, tmp_path: Path) -> Callable[..., int]:
     """The command, into tmp_path/out."""
@@ -61,6 +70,11 @@ def reconstruct(weights: Path, tmp_path: Path) -> Callable[..., int]:
         return main("reconstruct", [*map(str, words), *flags])
 
     return run
+
+
+def files_in(out: Path) -> list[str]:
+    """Names of all that is there, but for the lock."""
+    return sorted(path.name for path in out.iterdir() if path.name != "lock")
 
 
 def record(path: Path) -> dict[str, Any]:
@@ -181,10 +195,10 @@ def test_what_is_done_is_kept_and_what_changed_is_made_again_if_asked(
     for name in ("a", "b"):
         write_film(folder / f"{name}.mp4", frames=3)
     assert reconstruct(folder) == 0
-    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.*")}
     assert reconstruct(folder) == 0
     assert "0 reconstructed, 2 were there already" in capsys.readouterr().out
-    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.*")} == before
 
     write_film(folder / "b.mp4", frames=4)
     assert reconstruct(folder) == 2
@@ -218,7 +232,7 @@ def test_broken_videos_are_a_line_each_and_the_others_are_made(
     told = capsys.readouterr()
     assert len([line for line in told.err.splitlines() if line.startswith("error: ")]) == count + 1
     assert f"1 reconstructed, {count + 1} can't be read" in told.out
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+    assert files_in(tmp_path / "out") == [
         "new\nline %03d.mp4",
         "new\nline %03d.mp4.json",
     ]
@@ -249,7 +263,7 @@ def test_a_mistake_is_one_line_and_status_2(
     assert main("reconstruct", flags) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line
-    assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists() or files_in(tmp_path / "out") == []
 
 
 def test_a_disk_that_refuses_is_one_line_and_leaves_no_half_file(
@@ -266,7 +280,7 @@ def test_a_disk_that_refuses_is_one_line_and_leaves_no_half_file(
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
     assert "can't be written: File too large" in capfd.readouterr().err
-    assert list((tmp_path / "out").iterdir()) == []
+    assert files_in(tmp_path / "out") == []
 
 
 def started(weights: Path, *words: object) -> subprocess.Popen[str]:
@@ -281,23 +295,24 @@ def started(weights: Path, *words: object) -> subprocess.Popen[str]:
         env=ENVIRONMENT,
     )
     while process.poll() is None and not list(out.glob(".*.partial")):
-        os.sched_yield()
+        time.sleep(0.001)
     assert process.poll() is None, process.communicate()
     return process
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_leaves_no_half_file(number: int, status: int, weights: Path, tmp_path: Path) -> None:
-    source = write_film(tmp_path / "a.mp4", frames=1000, size=(16, 16))
-    process = started(weights, source, tmp_path / "out")
+def test_a_signal_leaves_no_half_file(
+    number: int, status: int, weights: Path, long_film: Path, tmp_path: Path
+) -> None:
+    process = started(weights, long_film, tmp_path / "out")
     process.send_signal(number)
     _, errors = process.communicate()
     assert process.returncode == status, errors
     assert "Traceback" not in errors
-    assert list((tmp_path / "out").iterdir()) == []
+    assert files_in(tmp_path / "out") == []
 
 
-def test_after_a_kill_the_same_command_finishes_and_nothing_is_left_over(
+def test_a_folder_in_use_is_refused_and_after_a_kill_the_same_command_finishes(
     weights: Path, reconstruct: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "in"
@@ -306,15 +321,15 @@ def test_after_a_kill_the_same_command_finishes_and_nothing_is_left_over(
     write_film(folder / "b.mp4", frames=200, size=(16, 16))
     assert reconstruct(folder / "a.mp4") == 0
     process = started(weights, folder, tmp_path / "out")
+    assert reconstruct(folder) == 2
+    assert f"in use by process {process.pid}" in capsys.readouterr().err
     process.kill()
     process.communicate()
     assert list((tmp_path / "out").glob(".*.partial"))
     assert reconstruct(folder) == 0
     assert "1 reconstructed, 1 were there already" in capsys.readouterr().out
     assert open_film(tmp_path / "out" / "b.mp4").frames == 200
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        f"{name}.mp4{end}" for name in "ab" for end in ("", ".json")
-    ]
+    assert files_in(tmp_path / "out") == [f"{name}.mp4{end}" for name in "ab" for end in ("", ".json")]
 
 
 PEAK = """

@@ -117,8 +117,9 @@ def reconstruct(
     ending = CODECS[job.manner.codec].ending
     targets = plan_targets(inputs, out, ending=ending, side_by_side=job.manner.side_by_side)
     kept = {target for target in targets if _is_done(target, job)}
+    todo = [target for target in targets if target not in kept]
     if not overwrite:
-        _refuse_taken([target for target in targets if target not in kept], out)
+        _refuse_taken(todo, out)
     failed: dict[str, str] = {}
     with telling(len(targets)) as tell, plain_arithmetic():
         job.tell_once(tell, opened.notes)
@@ -131,12 +132,10 @@ def reconstruct(
             except VideoError as error:
                 failed[target.path] = str(error)
                 tell.say(f"error: {error}")
-    made = [target for target in targets if target not in kept and target.path not in failed]
+    made = tuple(target.record for target in todo if target.path not in failed)
+    text = _summary(len(made), len(kept), len(failed), out=out)
     return Reconstructed(
-        made=tuple(target.record for target in made),
-        kept=tuple(target.record for target in targets if target in kept),
-        failed=failed,
-        text=_summary(len(made), len(kept), len(failed), out=out),
+        made=made, kept=tuple(t.record for t in targets if t in kept), failed=failed, text=text
     )
 
 
