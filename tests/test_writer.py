@@ -121,6 +121,17 @@ def test_sound_that_a_container_refuses_is_encoded_and_said(tmp_path: Path) -> N
     assert math.isclose(float(last), 1.6, abs_tol=0.1)
 
 
+@pytest.mark.parametrize("codec", CODECS)
+def test_sound_of_an_old_codec_is_encoded_for_every_container(codec: CodecName, tmp_path: Path) -> None:
+    silent = write_film(tmp_path / "a.avi", codec="mpeg4", size=(64, 64))
+    source = with_sound(silent, tmp_path / "b.avi", codec="adpcm_ms", seconds=1.6)
+    target = tmp_path / f"c{CODECS[codec].ending}"
+    assert rewritten(source, target, codec).has_audio
+    times = [time for _, time in heard(target)]
+    assert math.isclose(float(times[0]), 0, abs_tol=0.03)  # what encoders put before the first sample
+    assert math.isclose(float(times[-1]), 1.6, abs_tol=0.1)
+
+
 def test_a_turned_film_is_written_upright(tmp_path: Path) -> None:
     source = copy_packets(write_film(tmp_path / "a.mp4"), tmp_path / "b.mp4", rotation=90)
     film = rewritten(source, tmp_path / "c.mkv", "ffv1")

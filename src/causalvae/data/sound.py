@@ -10,7 +10,9 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer, OutputContainer
 from av.packet import Packet
 
-OPUS_RATE = 48000  # samples a second: its encoder has only this one and parts of it
+RATE = 48000  # samples a second, which every encoder has
+AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)  # ISO 14496-3
+LAYOUTS = {1: "mono", 6: "5.1", 8: "7.1"}  # by the number of channels; others become stereo
 
 
 class Sound:
@@ -85,10 +87,10 @@ class _Encoding:
     """One stream of sound, decoded and encoded again."""
 
     def __init__(self, original: AudioStream, into: OutputContainer, *, encoder: str) -> None:
-        rate = OPUS_RATE if encoder == "libopus" else original.rate
-        stream = into.add_stream(encoder, rate=rate)
+        kept = encoder == "aac" and original.rate in AAC_RATES
+        stream = into.add_stream(encoder, rate=original.rate if kept else RATE)
         assert isinstance(stream, AudioStream)
-        stream.layout = original.layout
+        stream.layout = LAYOUTS.get(original.layout.nb_channels, "stereo")
         context: AudioCodecContext = stream.codec_context
         context.open()
         self._stream = stream
