@@ -3,8 +3,7 @@
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from causalvae.errors import ConfigError
 from causalvae.evalflags import FRAMES, PER_VIDEO, SIZE, STRIDE
 from causalvae.evalset import ClipRule, ClipSet, check_clips, choose_clips, read_manifest
 from causalvae.evalwork import Job, films_of_worst, first_clip, in_words, measure, summed
-from causalvae.files import disk_error, plain, refuse_place, write_whole
+from causalvae.files import disk_error, plain, write_whole
 from causalvae.infer import plain_arithmetic
-from causalvae.locks import Lock
+from causalvae.locks import held
 from causalvae.machine import pick_device
 from causalvae.perceptual import Shelf
 from causalvae.probes import probed
@@ -110,7 +109,7 @@ def evaluate(
     how = replace(how, device=pick_device(how.device))
     out, manifest = Path(out), None if manifest is None else Path(manifest)
     results: list[dict[str, Any]] = []  # Any: as above
-    with _held(out), progress_bars() as track, plain_arithmetic():
+    with held(out), progress_bars() as track, plain_arithmetic():
         clips = _settle(out, video_path, manifest=manifest, asked=asked, track=track)
         notes = in_words(clips.unreadable, most=SHOWN_LEFT_OUT)
         shelf = Shelf.of(os.environ)
@@ -249,18 +248,6 @@ def _cell(facts: Json | None) -> str:
         return ""
     text = f"{facts['mean']:.4g}"
     return f"{text} [{facts['low']:.4g}, {facts['high']:.4g}]" if "low" in facts else text
-
-
-@contextmanager
-def _held(out: Path) -> Iterator[None]:
-    """The folder for results is this process's alone. ConfigError if nothing can be written there."""
-    refuse_place(out)
-    try:
-        lock = Lock(out, instead="give another --out")
-    except OSError as error:
-        raise disk_error(error, out) or error from error
-    with lock:
-        yield
 
 
 def _write(path: Path, content: Json) -> None:

@@ -5,13 +5,15 @@ import fcntl
 import json
 import os
 import socket
+from collections.abc import Generator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self, cast
 
 from causalvae.errors import RunError
-from causalvae.files import Json
+from causalvae.files import Json, disk_error, refuse_place
 
 NAME = "lock"  # the file in the folder
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of file systems that can't lock
@@ -72,3 +74,15 @@ def _holder(lock: int) -> str:
         return f"in use by process {holder['pid']} on {holder['host']} since {holder['since']}"
     except (ValueError, KeyError, TypeError):
         return "in use by another process"
+
+
+@contextmanager
+def held(out: Path) -> Generator[None]:
+    """The folder for results is this process's alone. ConfigError if nothing can be written there."""
+    refuse_place(out)
+    try:
+        lock = Lock(out, instead="give another --out")
+    except OSError as error:
+        raise disk_error(error, out) or error from error
+    with lock:
+        yield

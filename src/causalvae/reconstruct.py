@@ -20,10 +20,11 @@ from causalvae.data.decode import printable, stamp_of
 from causalvae.data.films import Film, open_film
 from causalvae.data.writer import check_encoder
 from causalvae.errors import ConfigError, RunError, VideoError
-from causalvae.files import disk_error, plain, refuse_place, write_whole
+from causalvae.files import disk_error, plain, write_whole
 from causalvae.flags import flags_of
 from causalvae.infer import Opened, open_vae, plain_arithmetic
-from causalvae.machine import available_bytes
+from causalvae.locks import held
+from causalvae.machine import available_bytes, hand_back_memory
 from causalvae.progress import Telling, telling
 from causalvae.reconstructflags import ReconstructSettings, memory_wish, tile_wish
 from causalvae.reconstruction import Manner, reconstruct_film
@@ -68,8 +69,8 @@ def run_reconstruct(
     check_encoder(CODECS[settings.codec])
     if not Path(settings.checkpoint).exists():
         raise ConfigError(f"--checkpoint {printable(settings.checkpoint)}: there is no such file or folder")
-    refuse_place(Path(settings.out))
-    with exit_on_sigterm():
+    hand_back_memory()  # what a plan predicts holds only so
+    with exit_on_sigterm(), held(Path(settings.out)):
         opened = open_vae(
             Path(settings.checkpoint),
             prefer=settings.weights,
@@ -111,7 +112,8 @@ def reconstruct(
     """Reconstruct files, folders and lists of videos and pictures into a folder.
 
     What an earlier call finished in the same way is kept; what else is there is refused, or replaced with
-    `overwrite`. A video that can't be read is left out and told. say: is given a line for each result.
+    `overwrite`. A video that can't be read is left out and told. say: is given a line for each
+    result.
     """
     job = _Job(opened=opened, manner=manner or Manner(), cut=cut or Cut())
     ending = CODECS[job.manner.codec].ending
