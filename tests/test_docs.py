@@ -54,6 +54,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own
 @pytest.mark.slow
 def test_every_command_of_the_pages_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ran: set[str] = set()
