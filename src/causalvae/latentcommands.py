@@ -21,6 +21,7 @@ from causalvae.infer import Opened, open_vae, plain_arithmetic
 from causalvae.latentfiles import Record
 from causalvae.latentflags import DecodeSettings, EncodeSettings, ranked, shard_of
 from causalvae.latentset import FORMAT
+from causalvae.locks import held
 from causalvae.machine import available_bytes, pick_device
 from causalvae.models.diffusers import DiffusersVAE
 from causalvae.reconstructflags import memory_wish, tile_wish
@@ -29,7 +30,6 @@ from causalvae.reconstructflags import memory_wish, tile_wish
 def run_encode(settings: EncodeSettings) -> str:
     """Encode what was asked for; what to say of it."""
     flags = flags_of(settings)
-    _refuse_places(settings)
     source = open_source(settings.video_path, caption_column=settings.caption_column)
     opened = _opened(settings)
     if settings.store == "moments" and isinstance(opened.vae, DiffusersVAE) and opened.vae.certain:
@@ -68,34 +68,30 @@ def run_encode(settings: EncodeSettings) -> str:
 def run_decode(settings: DecodeSettings) -> str:
     """Decode what was asked for; what to say of it."""
     flags = flags_of(settings)
-    _refuse_places(settings)
     opened = _opened(settings)
     budget = memory_wish(flags["memory"], settings.memory)
-    done = decode_latents(
-        Path(settings.latents),
-        Path(settings.out),
-        opened=opened,
-        wish=Wish(
-            codec=settings.codec,
-            tile=tile_wish(flags["tile"], settings.tile),
-            budget=available_bytes(str(opened.device)) if budget is None else budget,
-            any_model=settings.any_model,
-            overwrite=settings.overwrite,
-        ),
+    wish = Wish(
+        codec=settings.codec,
+        tile=tile_wish(flags["tile"], settings.tile),
+        budget=available_bytes(str(opened.device)) if budget is None else budget,
+        any_model=settings.any_model,
+        overwrite=settings.overwrite,
     )
+    out = Path(settings.out)
+    with held(out):
+        done = decode_latents(Path(settings.latents), out, opened=opened, wish=wish)
     notes = "".join(f"warning: {printable(note)}\n" for note in (*opened.notes, *done.notes))
     return f"{notes}{printable(settings.out)}: {done.made} decoded, {done.kept} were there already\n"
 
 
-def _refuse_places(settings: EncodeSettings | DecodeSettings) -> None:
-    """ConfigError before the work if the weights are not there or nothing can be written."""
+def _opened(settings: EncodeSettings | DecodeSettings) -> Opened:
+    """The model. Under torchrun each process of a machine takes a GPU of its own.
+
+    ConfigError before the work if the weights are not there or nothing can be written.
+    """
     if not Path(settings.checkpoint).exists():
         raise ConfigError(f"--checkpoint {printable(settings.checkpoint)}: there is no such file or folder")
     refuse_place(Path(settings.out))
-
-
-def _opened(settings: EncodeSettings | DecodeSettings) -> Opened:
-    """The model. Under torchrun each process of a machine takes a GPU of its own."""
     device = pick_device(settings.device)
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
@@ -129,6 +125,7 @@ def _facts(settings: EncodeSettings, source: ClipSource, *, opened: Opened, reci
         "cut": recipe.cut.facts(),
         "caption_column": recipe.column,
         "tile": settings.tile,
+        "memory": settings.memory,
         "container": settings.format_,
         "videos_per_shard": settings.videos_per_shard,
         "videos": len(source),
