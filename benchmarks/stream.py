@@ -1,6 +1,6 @@
 """Streams, tiles and windows: memory and time against the full pass. Prints Markdown tables.
 
-    python benchmarks/stream.py [--threads 2] [--only length|memory|halo]
+    python benchmarks/stream.py [--threads 1] [--only length|memory|halo]
 
 length: peak memory and time by the number of frames, as a stream, in windows, and as a whole. memory:
 predicted (`coding.coding_bytes`) and measured. halo: work that exact tiles add, from shapes. Every
@@ -36,12 +36,11 @@ MODELS = {
     "conv-32-clip": replace(CONV, norm="clip"),
     "wfvae-32": WFVAEConfig(base_channels=32, encoder_energy=32, decoder_energy=32),
 }
-PUSH = 8  # frames of a push
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is measured. how: stream, windows or whole. tile: in pixels, 0 for whole frames."""
+    """What is measured. how: stream, windows or whole. tile: in pixels, 0 for whole frames. chunk: frames."""
 
     model: str
     how: str
@@ -49,19 +48,22 @@ class Case:
     height: int
     width: int
     tile: int = 0
+    chunk: int = 8
 
     def plan(self, vae: Model) -> CodingPlan:
         """The plan of a stream or of windows; the full pass has none."""
         tile = (self.tile, self.tile) if self.tile else "off"
-        plan = plan_coding(vae, height=self.height, width=self.width, tile=tile, budget=None, chunk=8)
+        plan = plan_coding(
+            vae, height=self.height, width=self.width, tile=tile, budget=None, chunk=self.chunk
+        )
         windows = self.how == "windows" and plan.window is None
         return replace(plan, chunk=24, window=33, shared=9) if windows else plan
 
 
 LENGTHS = [
-    *(Case(model="tiny", how="stream", frames=n, height=64, width=64) for n in (32, 256, 2048)),
-    *(Case(model="tiny", how="windows", frames=n, height=64, width=64) for n in (32, 256, 2048)),
-    *(Case(model="tiny", how="whole", frames=n, height=64, width=64) for n in (32, 256)),
+    *(Case(model="tiny", how="stream", frames=n, height=64, width=64, chunk=32) for n in (32, 256, 2048)),
+    *(Case(model="tiny", how="windows", frames=n, height=64, width=64, chunk=32) for n in (32, 256, 2048)),
+    *(Case(model="tiny", how="whole", frames=n, height=64, width=64, chunk=32) for n in (32, 256)),
 ]
 MEMORY = [
     Case(model="tiny", how="stream", frames=32, height=256, width=256),
@@ -103,7 +105,8 @@ def work(case: Case, vae: Model) -> None:
     run(encoder(vae, plan), pieces(case, case.frames))
     count = geometry.latent_frames(case.frames)
     latent = rng.normal((1, *geometry.latent_shape(case.frames, case.height, case.width)), 2)
-    run(decoder(vae, plan), (latent[:, :, i : i + PUSH // geometry.temporal] for i in range(0, count, 2)))
+    step = case.chunk // geometry.temporal
+    run(decoder(vae, plan), (latent[:, :, i : i + step] for i in range(0, count, step)))
 
 
 def run(coder: Coder[object], clip: Iterator[Tensor]) -> None:
@@ -115,8 +118,8 @@ def run(coder: Coder[object], clip: Iterator[Tensor]) -> None:
 
 def pieces(case: Case, frames: int) -> Iterator[Tensor]:
     """The clip, made as it is asked for."""
-    for start in range(0, frames, PUSH):
-        yield rng.normal((1, 3, min(PUSH, frames - start), case.height, case.width), start)
+    for start in range(0, frames, case.chunk):
+        yield rng.normal((1, 3, min(case.chunk, frames - start), case.height, case.width), start)
 
 
 def resident(name: str) -> int:
@@ -173,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", choices=("length", "memory", "halo"))
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -29,9 +29,9 @@ def plan_of(vae: Model, size: tuple[int, int], *, budget: int | None) -> CodingP
 
 def test_without_a_limit_frames_stay_whole() -> None:
     plan = plan_of(skeleton(TINY), FOUR_K, budget=None)
-    assert plan == CodingPlan(chunk=16)
+    assert plan == CodingPlan(chunk=32)
     assert plan.exact
-    assert plan.facts() == {"exact": True, "chunk": 16, "notes": []}
+    assert plan.facts() == {"exact": True, "chunk": 32, "notes": []}
 
 
 @pytest.mark.parametrize("preset", ["tiny", "causalvae-488", "osp-v1.2"])

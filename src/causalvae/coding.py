@@ -21,7 +21,7 @@ from causalvae.models.layers import FrameAttention
 from causalvae.models.meta import LiveBytes, cpu_scratch, on_meta, tensors_of
 from causalvae.tiles import BlendedTiles, ExactTiles, Sample, Size
 
-CHUNKS = (4, 2, 1)  # latent frames of a chunk
+CHUNKS = (8, 4, 2, 1)  # latent frames of a chunk. torch's kernels for small inputs are slow: longer is faster
 WINDOWS = (9, 5)  # latent frames of a window
 SHARED = 3  # latent frames that windows share, or a group more: their weights are 0, 1/3 and 2/3
 TILES = (1024, 512, 256, 128)  # pixels along an edge
