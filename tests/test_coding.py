@@ -153,5 +153,11 @@ def test_predicted_memory_is_within_a_quarter_of_what_a_process_takes(tile: int)
     assert predicted == pytest.approx(json.loads(done.stdout)["bytes"], rel=0.25)
 
 
+def test_attention_is_predicted_without_a_matrix_of_scores() -> None:
+    vae = on_meta(build(FAMILIES["wfvae"]))
+    plan = plan_coding(vae, height=1024, width=1024, tile="off", budget=None, chunk=4)
+    assert coding_bytes(vae, plan, size=(1024, 1024)) < 4 * (128 * 128) ** 2  # bytes of the scores of a frame
+
+
 def test_tiles_that_are_tried_are_multiples_of_every_spatial_factor_in_use() -> None:
     assert all(edge % 32 == 0 for edge in TILES)

@@ -16,6 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 MOST_OF_OWN_KERNELS = 20480  # b c t h, from which on torch takes oneDNN: aten/native/Convolution.cpp
+# Its kernels keep no matrix of scores; taken apart on the meta device, it would have two.
+ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -59,7 +62,7 @@ class LiveBytes(TorchDispatchMode):
         """Run an operator and count what it made. Numbers that a step asks for are ones: all is finite."""
         if func is torch.ops.aten._local_scalar_dense.default:
             return args[0].dtype == torch.bool or 1.0
-        if torch.is_inference_mode_enabled():  # where operators arrive before they are taken apart
+        if torch.is_inference_mode_enabled() and func is not ATTENTION:  # operators arrive as they are called
             with self:
                 parts = func.decompose(*args, **(kwargs or {}))
             if parts is not NotImplemented:
