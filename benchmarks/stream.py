@@ -60,7 +60,7 @@ class Case:
         return replace(plan, chunk=24, window=33, shared=9) if windows else plan
 
 
-SMALL = Case(model="tiny", how="stream", frames=32, height=64, width=64, chunk=16)
+SMALL = Case(model="tiny", how="stream", frames=32, height=128, width=128, chunk=16)
 LENGTHS = [
     *(replace(SMALL, frames=n) for n in (32, 256, 2048)),
     replace(SMALL, frames=256, chunk=32),
