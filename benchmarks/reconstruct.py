@@ -142,16 +142,16 @@ def _overlap(folder: Path) -> None:
     def together() -> None:
         reconstruct_film(film, target, vae=vae, plan=plan, manner=Manner(), advance=lambda more: None)  # noqa: ARG005
 
-    print("\n| part | seconds |\n|---|---|")
+    print("\n| part | seconds | of a core |\n|---|---|---|")
     seconds = {
         "decoding": _seconds(lambda: list(read_pieces(film, frames=CHUNK))),
         "the model": _seconds(lambda: _model_alone(vae, plan, pieces)),
         "measuring and writing": _seconds(write),
     }
-    seconds["one after the other"] = sum(seconds.values())
+    seconds["one after the other"] = tuple(sum(each) for each in zip(*seconds.values(), strict=True))
     seconds["at once, as it is done"] = _seconds(together)
     for name, each in seconds.items():
-        print(f"| {name} | {each:.1f} |", flush=True)
+        print(f"| {name} | {each[0]:.1f} | {each[1]:.1f} |", flush=True)
 
 
 @torch.inference_mode()
@@ -168,10 +168,11 @@ def _model_alone(vae: Model, plan: CodingPlan, pieces: list[torch.Tensor]) -> No
     decodes.close()
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    begun = time.monotonic()
+def _seconds(work: Callable[[], object]) -> tuple[float, ...]:
+    """On the clock, and of processor time."""
+    clock, processor = time.monotonic(), time.process_time()
     work()
-    return time.monotonic() - begun
+    return time.monotonic() - clock, time.process_time() - processor
 
 
 if __name__ == "__main__":
