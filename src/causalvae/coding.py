@@ -103,7 +103,8 @@ def _plans(vae: Model, *, size: Size, tile: TileWish, chunk: int | None) -> Iter
     tiles = _tiles(vae.geometry, size=size, tile=tile)
     blended = bool(vae.why_tiles_blend)
     for each in tiles if vae.streamable else ():
-        for frames in _chunks(vae.geometry, chunk, tiled=each is not None):
+        # The largest tiles come before longer chunks where both are to be chosen.
+        for frames in _chunks(vae.geometry, chunk, shortest=each is not None and tile == "auto"):
             yield CodingPlan(chunk=frames, tile=each, overlap=_overlap(vae.geometry, each, blended=blended))
     if vae.streamable and tile != "auto":
         return
@@ -132,11 +133,11 @@ def _tiles(geometry: Geometry, *, size: Size, tile: TileWish) -> list[Size | Non
     return [None, *(each for each in smaller if each != size)]
 
 
-def _chunks(geometry: Geometry, chunk: int | None, *, tiled: bool) -> list[int]:
+def _chunks(geometry: Geometry, chunk: int | None, *, shortest: bool) -> list[int]:
     """Frames of a chunk, whole latent frames."""
     if chunk is not None:
         return [geometry.padded_frames(chunk + 1) - 1]
-    return [latents * geometry.temporal for latents in (CHUNKS[-1:] if tiled else CHUNKS)]
+    return [latents * geometry.temporal for latents in (CHUNKS[-1:] if shortest else CHUNKS)]
 
 
 def _windows(geometry: Geometry, chunk: int | None) -> list[int]:
