@@ -16,8 +16,8 @@ from causalvae.commandlines import read_command
 from causalvae.explain import as_json, explain
 from causalvae.findings import Finding, of_settings
 from causalvae.flags import printable
-from causalvae.machine import Capability
-from causalvae.machinefindings import GIB, amount
+from causalvae.machine import Capability, amount
+from causalvae.machinefindings import GIB
 from causalvae.texts import Language, texts
 
 LEAST_TORCH = (2, 10)  # as pyproject.toml has it

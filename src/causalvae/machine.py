@@ -206,7 +206,7 @@ def available_bytes(device: str) -> int | None:
     return None if free is None else int(free * SHARE_OF_FREE)
 
 
-def amount(num_bytes: int) -> str:
+def amount(num_bytes: float) -> str:
     """A size for people: GiB, or MiB where there is less than one."""
     return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from itertools import chain
 
 from causalvae.findings import Case, Finding, ModelFacts, Place
+from causalvae.machine import amount
 
-GIB, MIB = 2**30, 2**20
+GIB = 2**30
 FULL_HD_BYTES = 3 * 1080 * 1920  # of a frame of a large video, before it is resized
 CPU_PARAMETERS = 50_000_000  # a model of more takes days on a CPU
 MANY_PASSES = 500  # over a dataset, from which on a model learns it by heart
@@ -25,11 +26,6 @@ def of_machine(case: Case) -> Iterator[Finding]:
     yield from _memory(case)
     yield from _passes(case)
     yield from _time(case)
-
-
-def amount(num_bytes: float) -> str:
-    """A size for people, in GiB or MiB."""
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.0f} MiB"
 
 
 def duration(seconds: float) -> str:

@@ -10,7 +10,7 @@ from causalvae.commandlines import Command
 from causalvae.config import TrainSettings
 from causalvae.errors import ConfigError
 from causalvae.findings import Case, Finding, ModelFacts
-from causalvae.machinefindings import amount
+from causalvae.machine import amount
 from causalvae.rundir import run_path
 
 TEMPORARY = ("/tmp", "/var/tmp", "/dev/shm", "/run")  # emptied when the machine starts, or sooner
