@@ -321,6 +321,7 @@ def test_a_folder_in_use_is_refused_and_after_a_kill_the_same_command_finishes(
     write_film(folder / "b.mp4", frames=200, size=(16, 16))
     assert reconstruct(folder / "a.mp4") == 0
     process = started(weights, folder, tmp_path / "out")
+    process.send_signal(signal.SIGSTOP)  # it must not be done before it is killed
     assert reconstruct(folder) == 2
     assert f"in use by process {process.pid}" in capsys.readouterr().err
     process.kill()

@@ -123,7 +123,7 @@ def read_replay(folder: Path) -> Replay:
 def _request(record: Mapping[str, Any]) -> ClipRequest:  # Any: JSON
     crop = record["crop"]
     return ClipRequest(
-        video=VideoRef(**record["video"]),
+        video=VideoRef(record["video"]["id"], record["video"]["path"]),
         start=record["start"],
         stride=record["stride"],
         crop=None if crop is None else (crop[0], crop[1]),
