@@ -306,7 +306,8 @@ def test_each_finding_is_found_where_it_is(
 def test_a_sound_command_has_neither_warnings_nor_problems() -> None:
     changes = {"video_num_frames": 5, "max_steps": 400, "save_steps": 100, "exp_name": "5x32x32"}
     told = finds(H100, **changes, output_dir=ROOT / "runs").values()
-    assert [each for each in told if each.level != "note"] == []
+    # these sources may themselves be in a folder for temporary files
+    assert [each for each in told if each.level != "note" and each.id != "output-temporary"] == []
 
 
 def test_a_checkpoint_is_told_by_its_content(tmp_path: Path) -> None:

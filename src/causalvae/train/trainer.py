@@ -251,8 +251,8 @@ def _loader(asked: _Asked, run: RunDir, log: RunLog, *, plan: ClipPlan, cursor: 
     """The clips from this cursor on; bad videos are told once, and known ones not even opened."""
     unusable = _unusable(run.records(QUARANTINE))
     new = [record for record in asked.left_out if record["video"] not in unusable]
-    run.append_text(QUARANTINE, as_lines(new))
     if new:
+        run.append_text(QUARANTINE, as_lines(new))
         log.say(f"{len(new)} videos are left out, as --quarantine {asked.settings.quarantine} says")
     known = run.records(QUARANTINE)
     index, warnings = prepare(home(os.environ))
