@@ -5,7 +5,7 @@ What comes back is of the kind that went in: a tensor for a tensor, an array for
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from causalvae import rng
-from causalvae.coders import Coder, CodingPlan, decoder, encoder
+from causalvae.coders import CodingPlan, answers, decoder, encoder
 from causalvae.coding import plan_coding
 from causalvae.data.codings import CODECS, CodecName
 from causalvae.data.films import Film, open_film, read_pieces
@@ -167,16 +167,16 @@ class Codec:
 
     def _encoded(self, pieces: Iterator[Tensor], plan: CodingPlan) -> Posterior:
         """Pieces b 3 t h w, uint8 or in [-1, 1], to the posterior of all of them."""
-        coder, parts = encoder(self.vae, plan), list[Posterior]()
-        for piece in pieces:
-            x = piece.to(self.device)
-            x = to_model(x) if x.dtype == torch.uint8 else x.float()
-            parts += _some(coder.push(pad_size(x, self.geometry)))
-        parts += _some(coder.close())
+        parts = list(answers(encoder(self.vae, plan), map(self._input, pieces)))
         mean, logvar = (
             torch.cat([getattr(each, name) for each in parts], dim=2) for name in ("mean", "logvar")
         )
         return Posterior(mean, logvar, parts[0].certain)
+
+    def _input(self, piece: Tensor) -> Tensor:
+        """A piece b 3 t h w, uint8 or in [-1, 1], as the network takes it."""
+        x = piece.to(self.device)
+        return pad_size(to_model(x) if x.dtype == torch.uint8 else x.float(), self.geometry)
 
     def _decoded(self, z: Latents | Tensor | np.ndarray) -> Iterator[Tensor]:
         """Frames b 3 t h w in order, in pieces; cropped to what was encoded."""
@@ -185,7 +185,7 @@ class Codec:
         plan = self._plan(height, width)
         left = z.frames if isinstance(z, Latents) else sys.maxsize
         pieces = latents.split(max(1, plan.chunk // self.geometry.temporal), dim=2)
-        for made in _answers(decoder(self.vae, plan), (piece.to(self.device).float() for piece in pieces)):
+        for made in answers(decoder(self.vae, plan), (piece.to(self.device).float() for piece in pieces)):
             frames = made[:, :, :left]
             left -= frames.shape[2]
             if frames.shape[2]:
@@ -209,21 +209,6 @@ def load(
     config = None if model_config is None else Path(model_config)
     opened = open_vae(Path(path), prefer=weights, model_config=config, device=device, precision=precision)
     return Codec(opened)
-
-
-def _some(made: Posterior | None) -> list[Posterior]:
-    return [] if made is None else [made]
-
-
-def _answers(coder: Coder[Tensor], pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-    """What a decoder makes of pieces b c k h w."""
-    for piece in pieces:
-        made = coder.push(piece)
-        if made is not None:
-            yield made
-    made = coder.close()
-    if made is not None:
-        yield made
 
 
 def _clip(frames: Tensor) -> Tensor:

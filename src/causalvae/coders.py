@@ -1,6 +1,6 @@
 """One pass of a model over a video of any length and size, as a plan says: chunks or windows, and tiles."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -123,6 +123,17 @@ def decoder(vae: Model, plan: CodingPlan, *, sample: Sample | None = None) -> Co
         group=geometry.group,
     )
     return _Pass(windows, most, _along_time, tally, windows.tally, "8-bit levels")
+
+
+def answers(coder: Coder[Output], pieces: Iterable[Tensor]) -> Iterator[Output]:
+    """What a coder makes of a video that comes in pieces, as soon as it is certain and to the end."""
+    for piece in pieces:
+        made = coder.push(piece)
+        if made is not None:
+            yield made
+    made = coder.close()
+    if made is not None:
+        yield made
 
 
 class _Passage(Protocol[Output_co]):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from causalvae.bars import progress_bars
-from causalvae.coders import CodingPlan, decoder
+from causalvae.coders import CodingPlan, answers, decoder
 from causalvae.coding import plan_coding
 from causalvae.data.codings import CODECS, CodecName
 from causalvae.data.writer import FilmWriter, PictureWriter, check_encoder, picture_writer, silent_writer
@@ -177,15 +177,12 @@ def _frames(vae: Model, files: LatentFiles, record: Record, *, plan: CodingPlan)
     name = next(name for name in DECODED if name in record["tensors"])
     device = vae.last_layer.get_parameter("weight").device
     total, most = int(record["tensors"][name]["shape"][0]), max(1, plan.chunk // vae.geometry.temporal)
-    coder = decoder(vae, plan)
-    for first in range(0, total, most):
-        latent = files.frames(record, name, first=first, count=min(most, total - first))
-        x = coder.push(latent.to(device).float().transpose(0, 1)[None])  # k c h w -> 1 c k h w
-        if x is not None:
-            yield x
-    x = coder.close()
-    if x is not None:
-        yield x
+    latents = (
+        files.frames(record, name, first=first, count=min(most, total - first))
+        for first in range(0, total, most)
+    )
+    pieces = (latent.to(device).float().transpose(0, 1)[None] for latent in latents)  # k c h w -> 1 c k h w
+    return answers(decoder(vae, plan), pieces)
 
 
 def _write(path: Path, content: str) -> None:
