@@ -84,6 +84,28 @@ def test_a_wrong_weight_gradient_is_found_though_the_output_is_right(factor: flo
         assert not math.isfinite(error)
 
 
+class Unwritten(torch.autograd.Function):
+    """A convolution whose weight gradient has sums in it that begin with what memory happens to hold."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return Wrong.forward(ctx, x, weight, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        unwritten = torch.empty_like(ctx.saved_tensors[1])
+        dx, dweight, _ = Wrong.backward(ctx, grad)
+        return dx, dweight + unwritten.clamp(0, 0)  # NaN stays NaN
+
+
+def test_a_gradient_that_reads_memory_nobody_wrote_is_found_whatever_was_there() -> None:
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, shape: ConvShape) -> Tensor:
+        assert bias is not None
+        return Unwritten.apply(x, weight) + bias.view(-1, 1, 1, 1)
+
+    assert math.isnan(error_of(SHAPE, numbers=BF16, convolve=convolve))
+
+
 @pytest.mark.parametrize("config", [PRESETS["tiny"], CONV], ids=["shuffle", "conv"])
 def test_the_shapes_are_those_of_a_real_forward_pass(config: CausalVAEConfig) -> None:
     vae = build(config)

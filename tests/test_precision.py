@@ -1,6 +1,8 @@
 """Laws of precision: what each level keeps in which numbers, resume, masters, and the loss scale."""
 
 import copy
+import os
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +15,10 @@ from causalvae import rng
 from causalvae.critics.patchgan import CriticNorm
 from causalvae.errors import ConfigError
 from causalvae.losses import LossPlan, build_critic
-from causalvae.machine import Capability
-from causalvae.models.build import build
+from causalvae.machine import Capability, home
+from causalvae.models.build import Model, build
 from causalvae.models.presets import TINY, CausalVAEConfig, ModelConfig
-from causalvae.train.convolutions import convolutions
+from causalvae.train.convolutions import check_convolutions, convolutions, shapes_of_run
 from causalvae.train.networks import lay_out
 from causalvae.train.optim import LossScale, build_optimizer, optimizer_tensors
 from causalvae.train.precision import Level, Precision, PrecisionName, first_loss_scale, lower
@@ -25,6 +27,7 @@ from causalvae.train.step import StepResult, train_step
 
 SMALL = replace(TINY, hidden_size=16, hidden_size_mult=(1, 1, 2))
 CONV = CausalVAEConfig(hidden_size=32, hidden_size_mult=(1, 1, 1, 1), num_res_blocks=1)
+CLIPS = (2, 3, 5, 16, 16)  # b 3 t h w
 FULL, NONE = Capability(), Capability(missing={"bf16": "this CPU has no bf16", "fp16": "nor fp16"})
 LOSS = LossPlan(kl_weight=1e-3)
 LEVELS: list[tuple[PrecisionName, Level]] = [
@@ -39,15 +42,23 @@ def state_of(
     scale: float | None = None,
     window: int = 1000,
     config: CausalVAEConfig = SMALL,
-    keep: tuple[str, ...] = (),
+    keep: Collection[str] | None = None,
 ) -> TrainState:
-    """A training in this precision, on a machine that is said to have all of them."""
+    """A training in this precision, on a machine that is said to have all of them.
+
+    keep: convolutions of the autoencoder that stay in fp32. None: those that this CPU gets wrong, of the
+    critic too.
+    """
     precision = Precision.of(name, level, device="cpu", capability=FULL)
     vae = build(config, seed=2)
     lay_out(vae)
     critic = build_critic("patchgan3d", base=5, ndf=8)
     ema = {key: p.detach().clone() for key, p in vae.named_parameters()}
-    masters, critic_masters = lower(vae, precision, keep=keep), lower(critic, precision)
+    kept = wrong_here(vae, critic, precision) if keep is None else {f"vae.{each}" for each in keep}
+    masters, critic_masters = (
+        lower(network, precision, keep={each.removeprefix(own) for each in kept if each.startswith(own)})
+        for own, network in (("vae.", vae), ("critic.", critic))
+    )
     logvar = nn.Parameter(torch.zeros(()))
     trained = [*(masters or vae).named_parameters(), ("logvar", logvar)]
     judged = (critic_masters or critic).named_parameters()
@@ -66,10 +77,28 @@ def state_of(
     )
 
 
+def wrong_here(vae: Model, critic: nn.Module, precision: Precision) -> set[str]:
+    """Convolutions of a step of these tests, whole or in two parts, that stay in fp32 on this CPU."""
+    if precision.level == "O0":
+        return set()
+    found = [
+        check_convolutions(
+            shapes_of_run(vae, critic, geometry=vae.geometry, clips=CLIPS, parts=parts),
+            numbers=precision.numbers,
+            cache=home(os.environ) / "convolutions.json",
+            cpu="this CPU",
+            variables=os.environ,
+        )
+        for parts in (1, 2)
+    ]
+    return {name for checked in found for name in checked.keep}
+
+
 def batch(cursor: int, *, config: ModelConfig = SMALL) -> tuple[Tensor, Tensor]:
-    x = 0.5 * rng.normal((2, 3, 5, 16, 16), rng.key("clip", cursor))
+    x = 0.5 * rng.normal(CLIPS, rng.key("clip", cursor))
     x = x.contiguous(memory_format=torch.channels_last_3d)
-    return x, rng.normal((2, *config.geometry.latent_shape(5, 16, 16)), rng.key("noise", cursor))
+    shape = (CLIPS[0], *config.geometry.latent_shape(*CLIPS[2:]))
+    return x, rng.normal(shape, rng.key("noise", cursor))
 
 
 def step(state: TrainState, *, parts: int = 1) -> StepResult:

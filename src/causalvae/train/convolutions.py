@@ -1,8 +1,10 @@
 """Which convolutions a CPU computes right in few bits: tried at start, by shape, and remembered.
 
 torch 2.13's bf16 convolutions on CPUs with AMX were seen to give weight gradients that are wrong by 17 %, or
-NaN, for some shapes and thread counts, with right outputs and input gradients. So every shape of a run is
-tried against fp32 on the same rounded data, and what is more than 1 % off computes in fp32.
+NaN, for some shapes and thread counts, with right outputs and input gradients. Those of CPUs with AVX512-BF16
+alone read memory that nobody wrote where neither input nor weights have channels last: right while it
+happens to hold zeros, NaN when it does not. So every shape of a run is tried against fp32 on the same rounded
+data, in memory left full of NaN, and what is more than 1 % off computes in fp32.
 
 A shape is tried as the run has it: batch, frames, height and width, layout in memory, thread count. Where
 that would take more than MOST_MACS or MOST_VALUES, first the batch and then the frames are fewer; height,
@@ -32,6 +34,7 @@ from causalvae.video import crop_frames
 LARGEST_ERROR = 0.01  # of a norm, relative; rounding to bf16 makes 0.002 to 0.003
 MOST_MACS = 2e11  # multiply-adds of one forward pass that is tried: seconds on a CPU with bf16
 MOST_VALUES = 1 << 26  # in the input or the output of it
+PIECES_BYTES = [30 << k for k in range(4, 21)]  # glibc maps what is over 32 MiB: zeros, whatever was there
 LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of axes
 
 
@@ -139,15 +142,17 @@ def check_convolutions(
 
 
 def kernels(numbers: torch.dtype, *, cpu: str, variables: Mapping[str, str]) -> str:
-    """What the choice of kernels depends on, in words: the key of the cache."""
+    """What the choice of kernels depends on and how they are tried, in words: the key of the cache."""
     isa = variables.get("ONEDNN_MAX_CPU_ISA", "default")
-    return f"torch {torch.__version__}, {cpu}, isa {isa}, {torch.get_num_threads()} threads, {numbers}"
+    where = f"torch {torch.__version__}, {cpu}, isa {isa}, {torch.get_num_threads()} threads"
+    return f"{where}, {numbers}, in memory full of NaN"
 
 
 def error_of(shape: ConvShape, *, numbers: torch.dtype, convolve: Convolve | None = None) -> float:
     """Largest relative error of output and gradients in `numbers`, against fp32 on the same rounded data.
 
-    NaN or infinite if anything is. convolve: what is tried in the place of torch's convolution.
+    NaN or infinite if anything is. convolve: what is tried in the place of torch's convolution, in memory
+    that is full of NaN where nobody wrote.
     """
     x, weight, bias, pull = (
         None if tensor is None else tensor.to(numbers)
@@ -161,11 +166,25 @@ def error_of(shape: ConvShape, *, numbers: torch.dtype, convolve: Convolve | Non
     results: list[list[Tensor]] = []
     for kind, function in ((torch.float32, _convolve), (numbers, convolve or _convolve)):
         leaves = [each.detach().to(kind).requires_grad_() for each in (x, weight, bias) if each is not None]
+        apart = _leave_nan(2 * 4 * max(math.prod(each) for each in (shape.x, shape.out, shape.weight)))
         y = function(leaves[0], leaves[1], leaves[2] if shape.bias else None, shape)
         assert pull is not None
+        apart += _leave_nan(apart[-1].nbytes)
         results.append([y.detach(), *torch.autograd.grad(y, leaves, pull.to(kind))])
+        del apart
     errors = [_relative(low, exact) for exact, low in zip(*results, strict=True)]
     return math.nan if any(math.isnan(error) for error in errors) else max(errors)
+
+
+def _leave_nan(largest: int) -> list[Tensor]:
+    """Fill memory with bytes that are NaN in all numbers, in pieces up to `largest` bytes, and free half.
+
+    What is returned keeps the freed pieces from growing together and from going back to the system.
+    """
+    sizes = [size for size in PIECES_BYTES if size <= largest] or PIECES_BYTES[:1]
+    torch.empty(sizes[-1], dtype=torch.int8)  # freed at once: from then on glibc keeps what is as large
+    pieces = [torch.full((size,), -1, dtype=torch.int8) for size in sizes for _ in range(2)]
+    return pieces[::2]
 
 
 def _values(shape: Sequence[int], name: str) -> Tensor:
