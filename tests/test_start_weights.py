@@ -12,6 +12,7 @@ from runs import ENVIRONMENT, assert_same_state, tensors, words
 from torch import Tensor
 
 from causalvae.cli import main
+from causalvae.machine import ASSUME_BF16
 from causalvae.weights.diffusers_folder import save_folder
 from causalvae.weights.load import load_model
 
@@ -83,18 +84,24 @@ def test_averaged_weights_are_taken_unless_the_others_are_asked_for(chosen: str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "changes"), [("wan-2.1", {"memory": "lean"})])
-def test_a_folder_of_diffusers_trains_and_goes_on(
-    name: str, changes: dict[str, object], tmp_path: Path
+def test_a_folder_of_diffusers_trains_in_fp32_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_folder(moved(name), tmp_path / "vae")
-    chosen = {"load_from_checkpoint": tmp_path / "vae", "start_learning_rate": "1e-4", **changes}
+    monkeypatch.setenv(ASSUME_BF16, "1")
+    save_folder(moved("wan-2.1"), tmp_path / "vae")
+    chosen = {
+        "load_from_checkpoint": tmp_path / "vae", "start_learning_rate": "1e-4", "memory": "lean",
+        "precision": "bf16", "amp_level": "O2",
+    }  # fmt: skip
     for steps in (1, 2):
         assert train(tmp_path, **chosen, max_steps=steps) == 0
     assert train(tmp_path / "once", **chosen, max_steps=2) == 0
     assert_same_state(tmp_path, tmp_path / "once", step=2)
     config = load_model(tmp_path / "vae").config
     assert load_model(tmp_path / "run").config == config
+    facts = json.loads((tmp_path / "run/run.json").read_text())
+    assert (facts["precision"], facts["amp_level"]) == ("fp32", "O0")
+    assert "on a CPU diffusers' models compute in fp32" in (tmp_path / "run/log.txt").read_text()
 
 
 def test_the_initial_file_without_entries_for_time_starts_a_run(tmp_path: Path) -> None:

@@ -2,9 +2,16 @@
 
 Precision is decided once, for every convolution by itself (`train.precision`); norms and everything else
 compute in the numbers of their own weights.
+
+In few bits on a CPU the gradient of a 3D convolution's weight is computed by 2D convolutions, one for each
+frame of the kernel. The 3D kernels for it of torch 2.13 (oneDNN 3.12) on CPUs with AMX were seen to give
+other numbers each time, NaN among them, and to write where memory was not theirs, until the process was
+aborted: 128 -> 128 (1, 3, 3) on 8 x 256 x 256 with two threads, on 7 x 257 x 257 by stride 2 with one. The 2D
+kernels were right in all cases that were tried, and as fast.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +45,121 @@ class Conv(nn.Module):
         """b c t h w or b c h w -> the same axes, in `arithmetic`."""
         numbers = self.arithmetic or self.weight.dtype
         bias = None if self.bias is None else self.bias.to(numbers)
-        convolve = F.conv3d if len(self.kernel) == 3 else F.conv2d
-        return convolve(x.to(numbers), self.weight.to(numbers), bias, self.stride, self.padding)
+        weight = self.weight.to(numbers)
+        return convolve(x.to(numbers), weight, bias, stride=self.stride, padding=self.padding)
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # for input, weight and bias
+
+
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """x: b c t h w or b c h w -> the same axes. All in the same numbers."""
+    if x.ndim == 4:
+        return F.conv2d(x, weight, bias, stride, padding)
+    if _in_few_bits_on_a_cpu(x):
+        return _FewBits.apply(x, weight, bias, tuple(stride), tuple(padding))
+    return F.conv3d(x, weight, bias, stride, padding)
+
+
+def convolution_gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    needs: Sequence[bool],
+) -> Gradients:
+    """Gradients of a 3D convolution from that of its output; None where none is needed.
+
+    grad: b c' t' h' w'. x: b c t h w. needs: for x, weight and bias.
+    """
+    own = list(needs)
+    by_frames = _in_few_bits_on_a_cpu(x)
+    if by_frames:
+        own[1:] = False, False
+    found = torch.ops.aten.convolution_backward(
+        grad, x, weight, [len(weight)], stride, padding, (1, 1, 1), False, (0, 0, 0), 1, own
+    )
+    dx, dweight, dbias = (each if need else None for each, need in zip(found, own, strict=True))
+    if by_frames and needs[1]:
+        dweight = _weight_gradient(grad, x, weight, stride=stride, padding=padding)
+    if by_frames and needs[2]:
+        dbias = grad.sum((0, 2, 3, 4))
+    return dx, dweight, dbias
+
+
+def _in_few_bits_on_a_cpu(x: Tensor) -> bool:
+    """On the meta device too: memory is predicted there."""
+    return x.device.type in ("cpu", "meta") and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _weight_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor, *, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """Gradient of a 3D convolution's weight, one frame of the kernel after the other."""
+    step, before = stride[0], padding[0]
+    pieces: list[Tensor] = []
+    for k in range(weight.shape[2]):  # output frame t sees frame t * step + k - before
+        first = max(0, -((k - before) // step))
+        last = min(grad.shape[2] - 1, (x.shape[2] - 1 + before - k) // step)
+        if last < first:
+            pieces.append(torch.zeros_like(weight[:, :, k]))
+            continue
+        start = first * step + k - before
+        seen = x[:, :, start : start + (last - first) * step + 1 : step]
+        pieces.append(
+            torch.ops.aten.convolution_backward(
+                _frames(grad[:, :, first : last + 1]), _frames(seen), weight[:, :, k], [len(weight)],
+                stride[1:], padding[1:], (1, 1), False, (0, 0), 1, (False, True, False),
+            )[1]
+        )  # fmt: skip
+    return torch.stack(pieces, dim=2)
+
+
+def _frames(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(0, 1)  # b c t h w -> (b t) c h w
+
+
+class _Context(Protocol):
+    """What a function of autograd keeps from forward to backward, as far as it is used here."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Keep inputs."""
+        ...
+
+
+class _FewBits(torch.autograd.Function):
+    """A 3D convolution whose gradients are those of `convolution_gradients`."""
+
+    @staticmethod
+    def forward(
+        ctx: _Context,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv3d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        found = convolution_gradients(
+            grads[0], x, weight, stride=ctx.stride, padding=ctx.padding, needs=needs
+        )
+        return (*found, None, None)
 
 
 def _each_axis(value: Sequence[int] | int, axes: int) -> tuple[int, ...]:

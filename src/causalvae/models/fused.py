@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from causalvae.models.convolution import convolution_gradients, convolve
 from causalvae.models.interpolation import (
     doubled,
     downsummed,
@@ -174,7 +175,8 @@ class ConvStep(NamedTuple):
         """The window, with what was repeated and padded, -> the output."""
         numbers = self.numbers or weight.dtype
         bias = None if bias is None else bias.to(numbers)
-        return F.conv3d(window.to(numbers), weight.to(numbers), bias, self.stride, self.padding)
+        weight = weight.to(numbers)
+        return convolve(window.to(numbers), weight, bias, stride=self.stride, padding=self.padding)
 
     def window(self, x: Tensor) -> Tensor:
         """What the convolution sees of x."""
@@ -194,14 +196,15 @@ class ConvStep(NamedTuple):
 
     def pull_window(self, window: Tensor, weight: Tensor, *, grad: Tensor, needs: Needs) -> Pulled:
         """Gradients for the window, weight and bias."""
-        dwindow, dweight, dbias = torch.ops.aten.convolution_backward(
-            grad.to(window.dtype), window, weight.to(window.dtype), [len(weight)],
-            self.stride, self.padding, (1, 1, 1), False, (0, 0, 0), 1, list(needs),
-        )  # fmt: skip
-        return (
-            dwindow if needs[0] else None,
-            [dweight.to(weight.dtype) if needs[1] else None, dbias.to(weight.dtype) if needs[2] else None],
+        dwindow, *others = convolution_gradients(
+            grad.to(window.dtype),
+            window,
+            weight.to(window.dtype),
+            stride=self.stride,
+            padding=self.padding,
+            needs=needs,
         )
+        return dwindow, [None if each is None else each.to(weight.dtype) for each in others]
 
     def pull_padding(self, dwindow: Tensor) -> Tensor:
         """Gradient for what `window` was made of. May work in place on its argument."""

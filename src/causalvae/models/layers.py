@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from causalvae.models.convolution import Conv
+from causalvae.models.convolution import Conv, convolve
 from causalvae.models.fused import (
     BlockStep,
     ConvStep,
@@ -80,7 +80,7 @@ class FrameConv(nn.Module):
         numbers = self.arithmetic or self.weight.dtype
         stride, padding = (1, self.stride, self.stride), (0, self.padding, self.padding)
         weight, bias = self.weight.unsqueeze(2).to(numbers), self.bias.to(numbers)
-        return F.conv3d(x.to(numbers), weight, bias, stride, padding)
+        return convolve(x.to(numbers), weight, bias, stride=stride, padding=padding)
 
     def link(self, *, corner: int = 0, upsample: bool = False) -> tuple[ConvStep, list[Tensor | None]]:
         """This layer as a step of a chain."""

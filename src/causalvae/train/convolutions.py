@@ -1,10 +1,10 @@
 """Which convolutions a CPU computes right in few bits: tried at start, by shape, and remembered.
 
-torch 2.13's bf16 convolutions on CPUs with AMX were seen to give weight gradients that are wrong by 17 %, or
-NaN, for some shapes and thread counts, with right outputs and input gradients. Those of CPUs with AVX512-BF16
-alone read memory that nobody wrote where neither input nor weights have channels last: right while it
-happens to hold zeros, NaN when it does not. So every shape of a run is tried against fp32 on the same rounded
-data, in memory left full of NaN, and what is more than 1 % off computes in fp32.
+torch 2.13's kernels for weight gradients of 3D convolutions in bf16 were seen to be wrong by 17 %, or NaN,
+for some shapes and thread counts of CPUs with AMX, and for small plain layouts of those with AVX512-BF16
+alone; some read memory that nobody wrote, right while it happens to hold zeros. `models.convolution` goes
+round those. What it does compute is tried here: every shape of a run against fp32 on the same rounded data,
+in memory left full of NaN, and what is more than 1 % off computes in fp32.
 
 A shape is tried as the run has it: batch, frames, height and width, layout in memory, thread count. Where
 that would take more than MOST_MACS or MOST_VALUES, first the batch and then the frames are fewer; height,
@@ -20,20 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from causalvae import rng
 from causalvae.files import write_whole
 from causalvae.geometry import Geometry
-from causalvae.models.convolution import Conv
+from causalvae.models.convolution import Conv, convolve
 from causalvae.models.layers import FrameConv
 from causalvae.video import crop_frames
 
 LARGEST_ERROR = 0.01  # of a norm, relative; rounding to bf16 makes 0.002 to 0.003
-MOST_MACS = 2e11  # multiply-adds of one forward pass that is tried: seconds on a CPU with bf16
-MOST_VALUES = 1 << 26  # in the input or the output of it
+MOST_MACS = 5e10  # multiply-adds of one forward pass that is tried: a second on a CPU with bf16
+MOST_VALUES = 1 << 25  # in the input or the output of it
+MOST_DRAWN = (1 << 20) + 7  # a prime: what is repeated falls on other channels each time
+SUMS = 16  # of channels that are compared
+TRIES = 2
 PIECES_BYTES = [30 << k for k in range(4, 21)]  # glibc maps what is over 32 MiB: zeros, whatever was there
 LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of axes
 
@@ -148,32 +150,74 @@ def kernels(numbers: torch.dtype, *, cpu: str, variables: Mapping[str, str]) -> 
     return f"{where}, {numbers}, in memory full of NaN"
 
 
-def error_of(shape: ConvShape, *, numbers: torch.dtype, convolve: Convolve | None = None) -> float:
+def error_of(shape: ConvShape, *, numbers: torch.dtype, by: Convolve | None = None) -> float:
     """Largest relative error of output and gradients in `numbers`, against fp32 on the same rounded data.
 
-    NaN or infinite if anything is. convolve: what is tried in the place of torch's convolution, in memory
-    that is full of NaN where nobody wrote.
+    NaN or infinite if anything is. by: what is tried in the place of the product's convolution, in memory
+    that is full of NaN where nobody wrote, and TRIES times: kernels whose threads race differ by the time.
+
+    fp32 computes sums of channels with random signs, and not each channel by itself: a convolution is linear
+    in its weights, so that the sums of what was tried have to be these (Freivalds, 1977). A wrong share of
+    the channels is the same share of their sums.
     """
-    x, weight, bias, pull = (
-        None if tensor is None else tensor.to(numbers)
-        for tensor in (
-            _layout(_values(shape.x, "x"), last=shape.x_last),
-            _layout(_values(shape.weight, "weight"), last=shape.weight_last),
-            _values(shape.weight[:1], "bias") if shape.bias else None,
-            _layout(_values(shape.out, "pull"), last=shape.x_last or shape.weight_last),
+    x, weight, pull = (
+        _layout(_values(sizes, name).to(numbers), last=last)
+        for name, sizes, last in (
+            ("x", shape.x, shape.x_last),
+            ("weight", shape.weight, shape.weight_last),
+            ("pull", shape.out, shape.x_last or shape.weight_last),
         )
     )
-    results: list[list[Tensor]] = []
-    for kind, function in ((torch.float32, _convolve), (numbers, convolve or _convolve)):
-        leaves = [each.detach().to(kind).requires_grad_() for each in (x, weight, bias) if each is not None]
+    bias = _values(shape.weight[:1], "bias").to(numbers) if shape.bias else None
+    exact = _sums_in_fp32(x, weight, bias, pull, shape)
+    leaves = [each.requires_grad_() for each in (x, weight, bias) if each is not None]
+    errors: list[float] = []
+    for _ in range(TRIES):
         apart = _leave_nan(2 * 4 * max(math.prod(each) for each in (shape.x, shape.out, shape.weight)))
-        y = function(leaves[0], leaves[1], leaves[2] if shape.bias else None, shape)
-        assert pull is not None
+        y = (by or _convolve)(x, weight, bias, shape)
         apart += _leave_nan(apart[-1].nbytes)
-        results.append([y.detach(), *torch.autograd.grad(y, leaves, pull.to(kind))])
-        del apart
-    errors = [_relative(low, exact) for exact, low in zip(*results, strict=True)]
+        found = y.detach(), *torch.autograd.grad(y, leaves, pull)
+        del apart, y
+        sums = _sum_channels(found[0], 1), _sum_channels(found[1], 1), _sum_channels(found[2], 0), *found[3:]
+        errors += [_relative(low, right) for low, right in zip(sums, exact, strict=True)]
     return math.nan if any(math.isnan(error) for error in errors) else max(errors)
+
+
+def _sums_in_fp32(
+    x: Tensor, weight: Tensor, bias: Tensor | None, pull: Tensor, shape: ConvShape
+) -> list[Tensor]:
+    """Sums of the channels of output and of the gradients for x and (over c') weight; that for bias."""
+    x, weight, pull = x.float(), weight.float(), pull.float()
+    summed = None if bias is None else _sum_channels(bias.float(), 0)
+    y = _convolve(x, _sum_channels(weight, 0), summed, shape)
+    few_in = _sum_channels(weight, 1)
+    sizes = (shape.x[0], few_in.shape[1], *shape.x[2:])
+    dx = _pulled(pull, torch.zeros(sizes), few_in, shape, (True, False, False))[0]
+    few_out = _sum_channels(pull, 1)
+    like = weight[: few_out.shape[1]]
+    dweight = _pulled(few_out, x, like, shape, (False, True, False))[1]
+    axes = [axis for axis in range(pull.ndim) if axis != 1]
+    return [y, dx, dweight, *([] if bias is None else [pull.sum(axes)])]
+
+
+def _sum_channels(tensor: Tensor, axis: int) -> Tensor:
+    """SUMS sums along an axis, in fp32, with signs that are its length's own; a short axis as it is."""
+    length = tensor.shape[axis]
+    if length <= SUMS:
+        return tensor.float()
+    signs = 2.0 * rng.integers((SUMS, length), n=2, base=rng.key("convolution check", "signs", length)) - 1
+    moved = tensor.float().movedim(axis, 0)
+    return (signs @ moved.flatten(1)).unflatten(1, moved.shape[1:]).movedim(0, axis)
+
+
+def _pulled(
+    grad: Tensor, x: Tensor, weight: Tensor, shape: ConvShape, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for x, weight and bias, where wanted."""
+    ones, zeros = [1] * len(shape.stride), [0] * len(shape.stride)
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, shape.stride, shape.padding, ones, False, zeros, 1, wanted
+    )
 
 
 def _leave_nan(largest: int) -> list[Tensor]:
@@ -188,7 +232,9 @@ def _leave_nan(largest: int) -> list[Tensor]:
 
 
 def _values(shape: Sequence[int], name: str) -> Tensor:
-    return rng.normal(tuple(shape), rng.key("convolution check", name))
+    """Normal numbers, in fp32; where there are many the same ones again, since drawing takes time."""
+    drawn = rng.normal((min(math.prod(shape), MOST_DRAWN),), rng.key("convolution check", name))
+    return drawn.repeat(math.ceil(math.prod(shape) / len(drawn)))[: math.prod(shape)].view(*shape)
 
 
 def _layout(tensor: Tensor, *, last: bool) -> Tensor:
@@ -196,8 +242,7 @@ def _layout(tensor: Tensor, *, last: bool) -> Tensor:
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, shape: ConvShape) -> Tensor:
-    convolve = F.conv3d if x.ndim == 5 else F.conv2d
-    return convolve(x, weight, bias, shape.stride, shape.padding)
+    return convolve(x, weight, bias, stride=shape.stride, padding=shape.padding)
 
 
 def _relative(low: Tensor, exact: Tensor) -> float:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -39,11 +39,12 @@ from causalvae.weights.read import find_weights
 
 @dataclass(frozen=True)
 class Built:
-    """What a run is made of. weights: what was loaded, for run.json (Any: JSON). notes: lines for the log;
-    warnings: what to warn of.
+    """What a run is made of. weights: what was loaded, for run.json (Any: JSON). precision: what is in force.
+    notes: lines for the log; warnings: what to warn of.
     """
 
     state: TrainState
+    precision: Precision
     weights: dict[str, Any] | None
     plan: StepPlan
     notes: list[str]
@@ -75,6 +76,7 @@ def build_state(
     loaded: the weights that a new run starts from, if they were read. scaled: a loss scale was asked for.
     """
     first = _autoencoder(settings, start=start, loaded=loaded)
+    precision = _precision_of_model(first.vae, precision, device)
     vae, critic = first.vae.to(device), _critic(settings, device)
     notes = [*first.notes, *_judge(critic, first.critic, settings.load_from_checkpoint)]
     lay_out(vae)
@@ -97,8 +99,22 @@ def build_state(
     if start is not None:
         state.load(start.path)
     said = [line for line in (*notes, plan.sentence(), checked.message) if line]
-    warnings = [*checked.notes, *_limits(settings, vae, precision=precision, scaled=scaled)]
-    return Built(state, first.facts, plan, said, warnings)
+    limits = _limits(settings, vae, precision=precision, scaled=scaled)
+    return Built(state, precision, first.facts, plan, said, [*precision.warnings, *checked.notes, *limits])
+
+
+def _precision_of_model(vae: Model, precision: Precision, device: torch.device) -> Precision:
+    """What this model computes in; warnings are of the model alone.
+
+    Convolutions of diffusers are no `Conv`: they can't be kept from what a CPU gets wrong in fewer bits.
+    """
+    if not isinstance(vae, DiffusersVAE) or device.type != "cpu" or precision.level == "O0":
+        return replace(precision, warnings=())
+    said = (
+        f"--precision {precision.name}: on a CPU diffusers' models compute in fp32 (amp_level O0); its "
+        f"kernels for gradients in {precision.name} are wrong for some convolutions"
+    )
+    return Precision(warnings=(said,))
 
 
 def _autoencoder(settings: TrainSettings, *, start: Checkpoint | None, loaded: Loaded | None) -> _First:

@@ -138,7 +138,7 @@ def _work(asked: _Asked, run: RunDir, log: RunLog, *, start: Checkpoint | None) 
     facts = {
         "command": redact(asked.command),
         "device": str(asked.device),
-        **run_facts(asked.source, built.weights, perceptual=asked.perceptual, precision=asked.precision),
+        **run_facts(asked.source, built.weights, perceptual=asked.perceptual, precision=built.precision),
         "jit_level": "O0" if settings.mode == 1 else settings.jit_level,
     }
     for line in built.notes:
