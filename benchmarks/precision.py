@@ -1,19 +1,22 @@
 """Time per step and PSNR at equal steps by precision and level. Prints a Markdown table.
 
     python benchmarks/precision.py [--model small] [--batch_size 2] [--frames 9] [--size 64] [--steps 40]
-    [--threads 2] [--device cpu] [--assume]
+    [--seeds 1] [--lr 5e-4] [--threads 2] [--device cpu] [--assume]
 
 Every row trains from the same seeded start on the same bundled clips, without a critic, whose game with the
-autoencoder would hide small differences of PSNR. Steps of all rows take turns, so that a noisy machine
-disturbs them alike; a time is the median after the first two steps, a PSNR that of the current weights on
-clips of the same set. A precision that the device lacks is named and not measured: emulated numbers say
-nothing about time. --assume measures it all the same and marks the row, to compare PSNR.
+autoencoder would hide small differences of PSNR. The rate falls to 0 along a line, so that the end is not
+one more step of a restless path. Steps of all rows take turns, so that a noisy machine disturbs them alike; a
+time is the median after the first two steps, a PSNR that of the last weights on clips of the same set, the
+mean over --seeds trainings, with the standard error of its difference from fp32. A precision that the device
+lacks is named and not measured: emulated numbers say nothing about time. --assume measures it all the same
+and marks the row, to compare PSNR.
 """
 
 import argparse
 import os
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -47,12 +50,13 @@ class Row:
     precision: Precision
     state: TrainState
     seconds: list[float] = field(default_factory=list)
+    psnrs: list[float] = field(default_factory=list)  # of each seed
     skipped: int = 0
 
 
-def training(precision: Precision, args: argparse.Namespace, clip: Tensor) -> Row:
-    """A training from the seeded start, with what the convolution check lets compute in low precision."""
-    vae = build(PRESETS[args.model]).to(args.device)
+def training(precision: Precision, args: argparse.Namespace, clip: Tensor, *, seed: int) -> TrainState:
+    """A training from a seeded start, with what the convolution check lets compute in low precision."""
+    vae = build(PRESETS[args.model], seed=seed).to(args.device)
     lay_out(vae)
     keep: frozenset[str] = frozenset()
     if args.device == "cpu" and precision.name != "fp32":
@@ -64,13 +68,14 @@ def training(precision: Precision, args: argparse.Namespace, clip: Tensor) -> Ro
             cpu=Machine.look().cpu,
             variables=os.environ,
         )
-        print(f"{precision.name} {precision.level}: {checked.message}")
+        if seed == 0:
+            print(f"{precision.name} {precision.level}: {checked.message}")
         keep = frozenset(name.removeprefix("vae.") for name in checked.keep)
     masters = lower(vae, precision, keep=keep)
     logvar = nn.Parameter(torch.zeros((), device=args.device), requires_grad=False)
     optimizer = build_optimizer((masters or vae).named_parameters(), kind="adamw", lr=args.lr)
     scale = LossScale(2.0**16, 1000) if precision.name == "fp16" else None
-    return Row(precision, TrainState(vae, {}, None, logvar, optimizer, None, masters=masters, scale=scale))
+    return TrainState(vae, {}, None, logvar, optimizer, None, masters=masters, scale=scale)
 
 
 def clips_of(args: argparse.Namespace) -> Tensor:
@@ -103,7 +108,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="small", choices=sorted(PRESETS))
-    for name, default in (("batch_size", 2), ("frames", 9), ("size", 64), ("steps", 40), ("threads", 2)):
+    for name, default in (
+        ("batch_size", 2),
+        ("frames", 9),
+        ("size", 64),
+        ("steps", 40),
+        ("seeds", 1),
+        ("threads", 2),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--device", default="cpu")
@@ -114,36 +126,50 @@ def main() -> None:
     found = capability(args.device, {**os.environ, ASSUME_BF16: str(int(args.assume))}, names=names)
     pixels = clips_of(args).to(args.device)
     x = to_model(pixels).contiguous(memory_format=torch.channels_last_3d)
-    rows: list[Row] = []
+    chosen: list[Precision] = []
     for name, level in ROWS:
         reason = found.missing.get(name) or (None if args.assume else found.remarks.get(name))
         if reason is None:
-            precision = Precision.of(name, level, device=args.device, capability=found)
-            rows.append(training(precision, args, x[: args.batch_size]))
+            chosen.append(Precision.of(name, level, device=args.device, capability=found))
         else:
             print(f"{name} {level}: not measured: {reason}")
+    rows = [Row(each, training(each, args, x[: args.batch_size], seed=0)) for each in chosen]
+    for seed in range(args.seeds):
+        if seed:
+            for row in rows:
+                row.state = training(row.precision, args, x[: args.batch_size], seed=seed)
+        train(rows, x, args, seed=seed)
+    print_table(rows, found.remarks)
+
+
+def train(rows: list[Row], x: Tensor, args: argparse.Namespace, *, seed: int) -> None:
+    """All rows on the same batches with the same noise, step by step. x: n 3 t h w in [-1, 1]."""
     geometry = rows[0].state.vae.geometry
     for step in range(args.steps):
         picked = [(step * args.batch_size + i) % len(x) for i in range(args.batch_size)]
         shape = (len(picked), *geometry.latent_shape(*x.shape[2:]))
-        noise = rng.normal(shape, rng.key("benchmark", step)).to(args.device)
+        noise = rng.normal(shape, rng.key("benchmark", seed, step)).to(args.device)
         for row in rows:
+            for group in row.state.optimizer.param_groups:
+                group["lr"] = args.lr * (1 - step / args.steps)
             make_step(row, x[picked].contiguous(memory_format=torch.channels_last_3d), noise)
-    print_table(rows, x, found.remarks)
+    for row in rows:
+        row.psnrs.append(psnr(row, x))
 
 
-def print_table(rows: list[Row], x: Tensor, remarks: object) -> None:
+def print_table(rows: list[Row], remarks: Mapping[str, str]) -> None:
     """Milliseconds, ratio to fp32, and PSNR with its difference."""
-    assert isinstance(remarks, dict)
-    print("\n| precision | step, ms | of fp32 | PSNR, dB | below fp32 | skipped |\n|---|---|---|---|---|---|")
-    base = psnr(rows[0], x)
+    print("\n| precision | step, ms | of fp32 | PSNR, dB | above fp32 | skipped |\n|---|---|---|---|---|---|")
     for row in rows:
         timed = [one / two for one, two in zip(row.seconds, rows[0].seconds, strict=True)][UNTIMED:]
-        name, level, quality = row.precision.name, row.precision.level, psnr(row, x)
+        name, level, quality = row.precision.name, row.precision.level, statistics.mean(row.psnrs)
+        apart = [one - two for one, two in zip(row.psnrs, rows[0].psnrs, strict=True)]
+        error = f" +- {statistics.stdev(apart) / len(apart) ** 0.5:.2f}" if len(apart) > 1 else ""
         mark = ", emulated" if name in remarks else ""
         print(
             f"| {name} {level}{mark} | {statistics.median(row.seconds[UNTIMED:]) * 1e3:.0f} "
-            f"| {statistics.median(timed):.2f} | {quality:.2f} | {base - quality:.2f} | {row.skipped} |"
+            f"| {statistics.median(timed):.2f} | {quality:.2f} | {statistics.mean(apart):+.2f}{error} "
+            f"| {row.skipped} |"
         )
 
 

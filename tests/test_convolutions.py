@@ -84,16 +84,19 @@ def test_a_wrong_weight_gradient_is_found_though_the_output_is_right(factor: flo
         assert not math.isfinite(error)
 
 
-@pytest.mark.parametrize("block", [slice(0, 16), slice(496, 512)])
+@pytest.mark.parametrize("block", [slice(0, 16), slice(496, 512), slice(0, 0)])
 def test_a_wrong_block_of_many_channels_is_found_in_their_sums(block: slice) -> None:
-    shape = replace(SHAPE, x=(1, 16, 3, 6, 6), weight=(512, 16, 3, 3, 3), padding=(0, 0, 0), bias=False)
+    shape = replace(SHAPE, x=(1, 40, 3, 6, 6), weight=(512, 40, 3, 3, 3), padding=(0, 0, 0))
 
     def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, shape: ConvShape) -> Tensor:
+        assert bias is not None
         wrong = weight.clone()
         wrong[block] = wrong[block].detach()  # as kernels were seen to leave the last block of channels out
-        return torch.conv3d(x.float(), wrong.float()).to(x.dtype)
+        return torch.conv3d(x.float(), wrong.float(), bias.float()).to(x.dtype)
 
-    assert error_of(shape, numbers=BF16, by=convolve) == pytest.approx((16 / 512) ** 0.5, rel=0.1)
+    error = error_of(shape, numbers=BF16, by=convolve)
+    share = (block.stop - block.start) / 512
+    assert error == pytest.approx(share**0.5, rel=0.3) if share else error < 0.004
 
 
 class Unwritten(torch.autograd.Function):

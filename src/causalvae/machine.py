@@ -156,9 +156,9 @@ def _convolves(device: str, numbers: "torch.dtype") -> bool:
 
 
 def _time_ratio(numbers: "torch.dtype", *, side: int) -> float:
-    """Time of a 3D convolution, its input's gradient and a matrix product, over that in fp32; on the CPU.
+    """Time of a convolution, its gradients and a matrix product, over that in fp32; on the CPU.
 
-    side: height and width of the frames.
+    The weight's gradient is that of a 2D convolution, as in training. side: height and width of the frames.
     """
     import torch
 
@@ -169,6 +169,9 @@ def _time_ratio(numbers: "torch.dtype", *, side: int) -> float:
         started = time.perf_counter()
         y = torch.conv3d(x, weight, padding=1)
         torch.autograd.grad(y, x, torch.ones_like(y))
+        frames, kernel = x.detach()[0].transpose(0, 1), weight[:, :, 0].requires_grad_()  # t c h w, c' c 3 3
+        y = torch.conv2d(frames, kernel, padding=1)
+        torch.autograd.grad(y, kernel, torch.ones_like(y))
         _ = square @ square
         return time.perf_counter() - started
 

@@ -207,7 +207,7 @@ def _sum_channels(tensor: Tensor, axis: int) -> Tensor:
         return tensor.float()
     signs = 2.0 * rng.integers((SUMS, length), n=2, base=rng.key("convolution check", "signs", length)) - 1
     moved = tensor.float().movedim(axis, 0)
-    return (signs @ moved.flatten(1)).unflatten(1, moved.shape[1:]).movedim(0, axis)
+    return (signs @ moved.reshape(length, -1)).view(SUMS, *moved.shape[1:]).movedim(0, axis)
 
 
 def _pulled(
