@@ -4,11 +4,12 @@
 
 Measured: the largest resident set of a fresh process that makes two steps, less its resident set after the
 imports, with `machine.hand_back_memory` as in a tight run (--keep: as glibc does by itself). Predicted:
-`train.predict`, from shapes alone. Needs Linux and measures the CPU.
+`train.predict`, from shapes alone. Needs Linux and measures the CPU; bf16 only where the CPU has it.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -19,11 +20,12 @@ from torch import nn
 
 from causalvae import rng
 from causalvae.losses import CriticKind, LossPlan, build_critic
-from causalvae.machine import hand_back_memory
+from causalvae.machine import capability, hand_back_memory
 from causalvae.models.build import build
 from causalvae.models.presets import PRESETS, CausalVAEConfig
 from causalvae.train.networks import lay_out
 from causalvae.train.optim import build_optimizer
+from causalvae.train.precision import Level, Precision, lower
 from causalvae.train.predict import step_bytes
 from causalvae.train.state import TrainState
 from causalvae.train.step import train_step
@@ -38,7 +40,10 @@ MODELS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A step to be measured: model, critic (2d, 3d or none), clips, frames, side, parts, recomputation."""
+    """A step to be measured: model, critic (2d, 3d or none), clips, frames, side, parts, recomputation.
+
+    level: O0 for fp32; the others in bf16.
+    """
 
     model: str
     critic: str
@@ -47,6 +52,7 @@ class Case:
     size: int
     parts: int = 1
     recompute: bool = False
+    level: Level = "O0"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,10 +60,10 @@ class Case:
         return (self.clips, 3, self.frames, self.size, self.size)
 
     def __str__(self) -> str:
-        return (
-            f"{self.model} | {self.critic} | {self.clips} x {self.frames} x {self.size} x {self.size} | "
-            f"{self.parts} | {'blocks' if self.recompute else 'none'}"
-        )
+        numbers = "fp32" if self.level == "O0" else f"bf16 {self.level}"
+        clips = f"{self.clips} x {self.frames} x {self.size} x {self.size}"
+        recomputed = "blocks" if self.recompute else "none"
+        return f"{self.model} | {numbers} | {self.critic} | {clips} | {self.parts} | {recomputed}"
 
 
 CASES = [  # what two cores can do in minutes
@@ -77,6 +83,10 @@ CASES = [  # what two cores can do in minutes
     Case(model="conv-32", critic="2d", clips=1, frames=1, size=128),
     Case(model="conv-clip", critic="3d", clips=2, frames=9, size=64),
     Case(model="conv-clip", critic="3d", clips=4, frames=9, size=96, parts=4, recompute=True),
+    Case(model="tiny", critic="3d", clips=4, frames=17, size=96, level="O1"),
+    Case(model="small", critic="3d", clips=2, frames=9, size=128, level="O2"),
+    Case(model="conv-32", critic="3d", clips=1, frames=17, size=96, recompute=True, level="O2"),
+    Case(model="conv-clip", critic="3d", clips=4, frames=9, size=96, parts=4, recompute=True, level="O2"),
 ]
 
 
@@ -86,14 +96,21 @@ def training(case: Case) -> TrainState:
     lay_out(vae)
     kinds: dict[str, CriticKind] = {"2d": "patchgan2d", "3d": "patchgan3d"}
     critic = None if case.critic == "none" else build_critic(kinds[case.critic], base=1)
+    ema = {name: p.detach().clone() for name, p in vae.named_parameters()}
+    precision = Precision() if case.level == "O0" else Precision(name="bf16", level=case.level)
+    masters = lower(vae, precision)
+    critic_masters = lower(critic, precision) if critic is not None else None
+    judged = (critic_masters or critic or nn.Identity()).named_parameters()
     how = {"kind": "adamw", "lr": 1e-4}
     return TrainState(
         vae=vae,
-        ema={name: p.detach().clone() for name, p in vae.named_parameters()},
+        ema=ema,
         critic=critic,
         logvar=nn.Parameter(torch.zeros(()), requires_grad=False),
-        optimizer=build_optimizer(vae.named_parameters(), **how),
-        critic_optimizer=build_optimizer(critic.named_parameters(), **how) if critic is not None else None,
+        optimizer=build_optimizer((masters or vae).named_parameters(), **how),
+        critic_optimizer=build_optimizer(judged, **how) if critic is not None else None,
+        masters=masters,
+        critic_masters=critic_masters,
     )
 
 
@@ -137,9 +154,15 @@ def main() -> None:
         assert args.keep or hand_back_memory(), "needs glibc"
         print(measure(Case(**json.loads(args.case))))
         return
-    print("| model | critic | clips | parts | recomputed | predicted, MiB | measured, MiB | error |")
-    print("|---|---|---|---|---|---|---|---|")
+    able = capability("cpu", os.environ, names=("bf16",))
+    print(
+        "| model | numbers | critic | clips | parts | recomputed | predicted, MiB | measured, MiB | error |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for case in (case for case in CASES if args.only in str(case)):
+        if case.level != "O0" and "bf16" in able.missing:
+            print(f"{case}: not measured: {able.missing['bf16']}")
+            continue
         command = [
             sys.executable,
             __file__,
