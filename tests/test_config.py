@@ -118,7 +118,22 @@ def test_settings_to_yaml_and_back_are_the_same(
     path.write_text(to_yaml(settings), encoding="utf-8")
     again, given = read_settings(TrainSettings, ["--config", str(path)])
     assert dataclasses.replace(again, config=None) == settings
-    assert given.keys() == FLAGS.keys()
+    changed = {n for n, flag in FLAGS.items() if getattr(settings, n) != flag.default}
+    assert given.keys() == changed | {"config"}
+
+
+def test_a_default_in_a_runs_own_file_was_asked_for_only_if_a_remark_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    asked = {"precision": "bf16", "weight_decay": 0.01}
+    sources = {name: Given(value, "command line") for name, value in asked.items()}
+    path.write_text(to_yaml(TrainSettings(video_path="films", precision="bf16"), sources))
+    settings, given = read_settings(TrainSettings, ["--config", str(path)])
+    assert given.keys() == {"config", "video_path", "precision", "weight_decay"}
+    assert notices(settings, given) == []
+    path.write_text(path.read_text().replace("agc_factor: 0.01", "agc_factor: 0.5"))  # by hand
+    assert [each.split()[0] for each in notices(*read_settings(TrainSettings, ["--config", str(path)]))] == [
+        "--agc_factor"
+    ]
 
 
 @how(derandomize=True, deadline=None)
