@@ -215,6 +215,7 @@ def test_both_spellings_and_all_words_for_booleans_are_one_flag() -> None:
     (["--ema_decay", "1"], "--ema_decay 1.0: must be less than 1"),
     (["--start_learning_rate", "0"], "must be more than 0"),
     (["--clip_grad", "maybe"], "--clip_grad maybe: must be True or False"),
+    (["--disc_start", "soon"], "must be a whole number, such as 1000, or auto"),
     (["--betas", "0.9"], "takes 2 values, not 1"),
     (["--betas", "0.9", "1.5"], "--betas 0.9 1.5: must be less than 1"),
     (["--precision", "bf61"], "did you mean bf16?"),
@@ -367,7 +368,8 @@ def test_a_library_that_is_missing_is_named() -> None:
     ["--disc_type", "none", "--disc_weight", "1"], ["--disc_sync_norm"],
     ["--agc_factor", "1"], ["--eval_video_path", "held"],
     ["--perceptual", "none", "--perceptual_weight", "2"],
-    ["--disc_start", "auto", "--max_steps", "1020"]
+    ["--disc_start", "auto", "--max_steps", "1020"], ["--disc_start", "9", "--max_steps", "9"],
+    ["--train_parts", "decoder", "--kl_weight", "1"],
 ])  # fmt: skip
 def test_a_setting_without_effect_is_told(argv: list[str]) -> None:
     found = notices(*read_settings(TrainSettings, [*VIDEO, *argv]))

@@ -362,6 +362,12 @@ NO_EFFECT: tuple[Rule, ...] = (
         "there is no --load_from_checkpoint",
     ),
     ("perceptual_weight", lambda s: s.perceptual == "none", "the run has no perceptual term"),
+    ("kl_weight", lambda s: s.train_parts == "decoder", "the encoder, which it is about, does not learn"),
+    (
+        "disc_start",
+        lambda s: s.disc_type != "none" and s.disc_start is not None and s.disc_start >= s.max_steps,
+        "--max_steps ends the run before it, so the critic never takes part",
+    ),
     (
         "disc_start",
         lambda s: s.disc_start is None and s.max_steps <= warmup_steps(s) + FIRST_LEVEL,

@@ -234,7 +234,7 @@ def parse(flag: Flag, words: Sequence[str]) -> object:
     try:
         values = tuple(READERS[kind](word) for kind, word in zip(kinds, words, strict=True))
     except ValueError as error:
-        refuse(flag, shown, str(error))
+        refuse(flag, shown, str(error) + (f", or {flag.none_word}" if flag.none_word is not None else ""))
     value = values if flag.size > 1 or flag.is_list else values[0]
     if isinstance(value, str):
         value = flag.aliases.get(value, value)
@@ -372,7 +372,8 @@ def read_file(flags: Mapping[str, Flag], path: Path) -> dict[str, Given]:
 def asked_for(found: Mapping[str, Given], flags: Mapping[str, Flag], path: Path) -> dict[str, Given]:
     """What was asked for of what a file says: a run's own file names defaults too, without a remark."""
     lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []  # no pipe twice
-    named = {line.split(":")[0] for line in lines if "  # " not in line} if lines[:1] == [SAVED] else set()
+    ours = lines if lines[:1] == [SAVED] else []
+    named = {line.split(":")[0] for line in ours if "  # " not in line}
     return {n: item for n, item in found.items() if n not in named or item.value != flags[n].default}
 
 
