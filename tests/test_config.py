@@ -359,7 +359,7 @@ def test_the_seed_command_asks_for_nothing_that_is_missing_or_without_effect() -
 
 def test_a_library_that_is_missing_is_named() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
-        with pytest.raises(ConfigError, match="it needs the library bitsandbytes"):
+        with pytest.raises(ConfigError, match=r"pip install 'causalvae\[adamw8bit\]'"):
             notices(*read_settings(TrainSettings, [*VIDEO, "--optim", "adamw8bit"]))
 
 
