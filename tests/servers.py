@@ -6,19 +6,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Event, Thread
 
 
 @dataclass
 class Site:
     """What is served, and how. requests: the path and the Range header of each, as they came.
 
-    most: bytes of a body, after which the connection is cut. redirects: where a path sends on to.
+    most: bytes of a body, after which the connection is cut, or waits for `hold`. redirects: where a path
+    sends on to.
     """
 
     files: dict[str, bytes]
     ranges: bool = True
     most: int | None = None
+    hold: Event | None = None
     redirects: dict[str, str] = field(default_factory=dict)
     requests: list[tuple[str, str | None]] = field(default_factory=list)
     url: str = ""
@@ -54,6 +56,9 @@ def serve(site: Site) -> Iterator[Site]:
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body if site.most is None else body[: site.most])
+            if site.hold is not None and site.most is not None:
+                site.hold.wait()
+                self.wfile.write(body[site.most :])
             self.close_connection = True
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the library's name

@@ -118,7 +118,22 @@ def test_settings_to_yaml_and_back_are_the_same(
     path.write_text(to_yaml(settings), encoding="utf-8")
     again, given = read_settings(TrainSettings, ["--config", str(path)])
     assert dataclasses.replace(again, config=None) == settings
-    assert given.keys() == FLAGS.keys()
+    changed = {n for n, flag in FLAGS.items() if getattr(settings, n) != flag.default}
+    assert given.keys() == changed | {"config"}
+
+
+def test_a_default_in_a_runs_own_file_was_asked_for_only_if_a_remark_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    asked = {"precision": "bf16", "weight_decay": 0.01}
+    sources = {name: Given(value, "command line") for name, value in asked.items()}
+    path.write_text(to_yaml(TrainSettings(video_path="films", precision="bf16"), sources))
+    settings, given = read_settings(TrainSettings, ["--config", str(path)])
+    assert given.keys() == {"config", "video_path", "precision", "weight_decay"}
+    assert notices(settings, given) == []
+    path.write_text(path.read_text().replace("agc_factor: 0.01", "agc_factor: 0.5"))  # by hand
+    assert [each.split()[0] for each in notices(*read_settings(TrainSettings, ["--config", str(path)]))] == [
+        "--agc_factor"
+    ]
 
 
 @how(derandomize=True, deadline=None)
@@ -200,6 +215,7 @@ def test_both_spellings_and_all_words_for_booleans_are_one_flag() -> None:
     (["--ema_decay", "1"], "--ema_decay 1.0: must be less than 1"),
     (["--start_learning_rate", "0"], "must be more than 0"),
     (["--clip_grad", "maybe"], "--clip_grad maybe: must be True or False"),
+    (["--disc_start", "soon"], "must be a whole number, such as 1000, or auto"),
     (["--betas", "0.9"], "takes 2 values, not 1"),
     (["--betas", "0.9", "1.5"], "--betas 0.9 1.5: must be less than 1"),
     (["--precision", "bf61"], "did you mean bf16?"),
@@ -343,7 +359,7 @@ def test_the_seed_command_asks_for_nothing_that_is_missing_or_without_effect() -
 
 def test_a_library_that_is_missing_is_named() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
-        with pytest.raises(ConfigError, match="it needs the library bitsandbytes"):
+        with pytest.raises(ConfigError, match=r"pip install 'causalvae\[adamw8bit\]'"):
             notices(*read_settings(TrainSettings, [*VIDEO, "--optim", "adamw8bit"]))
 
 
@@ -352,7 +368,8 @@ def test_a_library_that_is_missing_is_named() -> None:
     ["--disc_type", "none", "--disc_weight", "1"], ["--disc_sync_norm"],
     ["--agc_factor", "1"], ["--eval_video_path", "held"],
     ["--perceptual", "none", "--perceptual_weight", "2"],
-    ["--disc_start", "auto", "--max_steps", "1020"]
+    ["--disc_start", "auto", "--max_steps", "1020"], ["--disc_start", "9", "--max_steps", "9"],
+    ["--train_parts", "decoder", "--kl_weight", "1"],
 ])  # fmt: skip
 def test_a_setting_without_effect_is_told(argv: list[str]) -> None:
     found = notices(*read_settings(TrainSettings, [*VIDEO, *argv]))

@@ -28,7 +28,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run(folder, **ROLLBACK)
     assert done.returncode == 1
     assert done.stderr.startswith("error: 20 steps in a row were not finite")
-    assert "after 3 rollbacks" in done.stderr
+    assert "after 3 rollbacks; start another run from a good checkpoint" in done.stderr
     warned = json.loads((folder / "run" / "run.json").read_text())["warnings"]
     told = [text.split("Rollback ")[1].split(",")[0] for text in warned if "Rollback " in text]
     assert [text.split(":")[0] for text in told] == ["1 of 3", "2 of 3", "3 of 3"]

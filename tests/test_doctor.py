@@ -56,7 +56,7 @@ WHOLE = Checkup(
     home_problem=None,
     offline=False,
 )
-REPORT, BITS = "pip install 'causalvae[report]'", "pip install bitsandbytes"
+REPORT, BITS = "pip install 'causalvae[report]'", "pip install 'causalvae[adamw8bit]'"
 CPU_TORCH = replace(WHOLE.torch, gpus=(), cuda_version=None)
 AMX = replace(WHOLE.machine, cpu_flags=("amx_bf16",))
 WORST = replace(

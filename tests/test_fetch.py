@@ -5,7 +5,9 @@ import os
 import pty
 import subprocess
 import sys
+import time
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 from servers import Site, closed_address, serve
@@ -59,6 +61,21 @@ def test_broken_connections_go_on_while_they_bring_something(tmp_path: Path) -> 
     assert [asked for _, asked in site.requests] == [
         None, "bytes=300000-", "bytes=600000-", "bytes=900000-"
     ]  # fmt: skip
+
+
+def test_what_a_slow_server_has_sent_is_on_the_disk_before_the_rest_comes(tmp_path: Path) -> None:
+    hold, partial = Event(), tmp_path / "w.partial"
+    with serve(Site({"/w": DATA}, most=20_000, hold=hold)) as site:
+        how = {"digest": DIGEST, "progress": False}
+        fetching = Thread(target=fetch, args=(f"{site.url}/w", tmp_path / "w"), kwargs=how)
+        fetching.start()
+        while fetching.is_alive() and not (partial.exists() and partial.stat().st_size >= 10_000):
+            time.sleep(0.01)
+        there = fetching.is_alive()
+        hold.set()
+        fetching.join()
+    assert there
+    assert (tmp_path / "w").read_bytes() == DATA
 
 
 @pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no-ranges"])

@@ -51,6 +51,30 @@ def test_mode_1_stops_at_the_bad_step_and_its_folder_repeats_it(
     assert "add --mode 1" in capsys.readouterr().err
 
 
+def test_a_critic_that_stands_still_is_told_once_and_only_flags_that_were_given_are_named(
+    tmp_path: Path,
+) -> None:
+    endless = {"r1_weight": "1e38", "disc_start": 0, "loss_scale_window": 5, "max_steps": 3}
+    assert train(tmp_path, **endless, log_steps=100) == 0
+    warned = json.loads((tmp_path / "run/run.json").read_text())["warnings"]
+    assert warned == [
+        "--loss_scale_window has no effect: the run computes in fp32, which needs no loss scale",
+        "step 1: the critic's gradients are not finite, it was not updated",
+    ]
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 3]
+    assert all("critic_r1" in line and "critic_grad_norm" not in line for line in metrics(tmp_path))
+
+
+def test_a_run_that_ends_not_finite_says_how_to_begin_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path, **WILD | {"mode": 0, "save_steps": 1}) == 1
+    said = capsys.readouterr().err
+    path = tmp_path / "run/checkpoints"
+    assert said.startswith("error: 20 steps in a row were not finite")
+    assert f"--exp_name NEW --load_from_checkpoint {path}/step-N) with a lower --start" in said
+
+
 def test_less_memory_gives_the_same_run(tmp_path: Path) -> None:
     plain = {"max_steps": 3, "disc_start": 0, "optim": "sgd", "start_learning_rate": 0.01}
     assert train(tmp_path / "speed", **plain, memory="speed") == 0

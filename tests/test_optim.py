@@ -186,7 +186,7 @@ def test_state_of_an_unknown_parameter_is_refused_by_name() -> None:
 
 @pytest.mark.skipif(HAS_8BIT, reason="its library is installed")
 def test_adamw8bit_without_its_library_says_what_to_install() -> None:
-    with pytest.raises(ConfigError, match="pip install bitsandbytes"):
+    with pytest.raises(ConfigError, match=r"pip install 'causalvae\[adamw8bit\]'"):
         build_optimizer(network().named_parameters(), kind="adamw8bit", lr=0.1)
 
 

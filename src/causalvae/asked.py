@@ -15,7 +15,7 @@ from causalvae.config import TrainSettings
 from causalvae.errors import ConfigError
 from causalvae.files import redact
 from causalvae.findings import Finding, flag_of
-from causalvae.flags import COMMAND_LINE, Flag, Given, closest, flags_of, parse, yaml_pairs
+from causalvae.flags import COMMAND_LINE, Flag, Given, asked_for, closest, flags_of, parse, yaml_pairs
 from causalvae.foreignflags import Piece, in_words, pieces, turned
 
 STAND_IN = "sample:"  # for videos that are not named, so that the rest can be explained
@@ -50,6 +50,7 @@ def read_asked(argv: Sequence[str], *, source: str = COMMAND_LINE) -> Asked:
             )
             pairs = []
         _take(_pieces_of(pairs), str(path), given=given, typed=typed, notes=notes)
+        given = asked_for(given, flags_of(TrainSettings), Path(path)) if given else given
     _take(found, source, given=given, typed=typed, notes=notes)
     return _together(given, typed, notes)
 

@@ -37,8 +37,9 @@ EXTRAS = {  # of pyproject.toml, and the modules that each brings
     "diffusers": ("diffusers",),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "report": ("jinja2", "plotly"),
+    "adamw8bit": ("bitsandbytes",),
 }
-OPTIONAL = {"adamw8bit": ("bitsandbytes",), EFFICIENTNET: (EFFICIENTNET_PACKAGE,)}  # in no extra
+OPTIONAL = {EFFICIENTNET: (EFFICIENTNET_PACKAGE,)}  # in no extra
 
 
 @dataclass(frozen=True, kw_only=True)

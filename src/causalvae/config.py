@@ -149,7 +149,8 @@ class TrainSettings:
     end_learning_rate: float = setting(1e-7, RATE, limits=AT_LEAST_0,
         help="the rate that cosine and linear end at")
     optim: Literal["adamw", "adam", "sgd", "lion", "adamw8bit"] = setting("adamw", RATE,
-        help="the optimiser; adamw8bit needs its library")
+        help="the optimiser; adam is adamw, as no decay here is in the gradient; sgd takes its momentum from "
+        "the first of betas; adamw8bit needs pip install 'causalvae[adamw8bit]'")
     betas: tuple[float, float] = setting((0.9, 0.999), RATE, limits=PART,
         help="the two decay rates of the optimiser's averages, as two words")
     weight_decay: float = setting(0.01, RATE, limits=AT_LEAST_0, help="decoupled; not on biases and norms")
@@ -310,7 +311,7 @@ def notices(settings: TrainSettings, given: Mapping[str, Given] | None = None) -
     """Warnings to print and record: what was asked for and is not done.
 
     given: what was asked for; without it, what is not a default. Raises ConfigError where a setting needs
-    what does not exist yet and nothing else can stand in for it.
+    what is not there and nothing else can stand in for.
     """
     flags = flags_of(settings)
     changed = {field.name for field in fields(settings) if getattr(settings, field.name) != field.default}
@@ -318,7 +319,7 @@ def notices(settings: TrainSettings, given: Mapping[str, Given] | None = None) -
     shown = {n: f"--{n} {printable(to_text(flag, getattr(settings, n)))}" for n, flag in flags.items()}
     for name, applies, instead in NOT_AVAILABLE:
         if applies(settings):
-            raise ConfigError(f"{shown[name]} is not available yet: {instead}")
+            raise ConfigError(f"{shown[name]}: {instead}")
     return [
         f"{shown[name]} has no effect: {why}"
         for names, applies, why in NO_EFFECT
@@ -337,7 +338,7 @@ NOT_AVAILABLE: tuple[Rule, ...] = (
     (
         "optim",
         lambda s: s.optim == "adamw8bit" and not _installed("bitsandbytes"),
-        "it needs the library bitsandbytes; install it or use adamw",
+        "its library is not installed: pip install 'causalvae[adamw8bit]', or use --optim adamw",
     ),
 )
 NO_EFFECT: tuple[Rule, ...] = (
@@ -362,6 +363,12 @@ NO_EFFECT: tuple[Rule, ...] = (
         "there is no --load_from_checkpoint",
     ),
     ("perceptual_weight", lambda s: s.perceptual == "none", "the run has no perceptual term"),
+    ("kl_weight", lambda s: s.train_parts == "decoder", "the encoder, which it is about, does not learn"),
+    (
+        "disc_start",
+        lambda s: s.disc_type != "none" and s.disc_start is not None and s.disc_start >= s.max_steps,
+        "--max_steps ends the run before it, so the critic never takes part",
+    ),
     (
         "disc_start",
         lambda s: s.disc_start is None and s.max_steps <= warmup_steps(s) + FIRST_LEVEL,

@@ -167,6 +167,8 @@ def _without_effect(case: Case) -> Iterator[Finding]:
         yield Finding("refused", "problem", (flag_of(str(error)),), {"said": str(error)})
         return
     for said in warned:
+        if flag_of(said) == "disc_start" and any(_critic(case.settings)):
+            continue  # that says it, whether the flag was given or not
         yield Finding("no-effect", "warning", (flag_of(said),), {"said": said})
 
 

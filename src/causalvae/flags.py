@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Settings = TypeVar("Settings", bound="DataclassInstance")
 COMMAND_LINE = "command line"
+SAVED = "# Every setting in force; `--config` takes this file back. A remark says where a value was given."
 TRUE_WORDS, FALSE_WORDS = ("true", "1", "yes"), ("false", "0", "no")
 BUDGET_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -209,15 +210,11 @@ def _read_float(text: str) -> float:
         raise ValueError("must be a number, such as 0.5 or 3e-5") from error
 
 
-def _read_str(text: str) -> str:
-    return text
-
-
 READERS: dict[type, Callable[[str], object]] = {
     bool: _read_bool,
     int: _read_int,
     float: _read_float,
-    str: _read_str,
+    str: str,
     Resolution: Resolution.parse,
     MemoryBudget: MemoryBudget.parse,
 }
@@ -237,7 +234,7 @@ def parse(flag: Flag, words: Sequence[str]) -> object:
     try:
         values = tuple(READERS[kind](word) for kind, word in zip(kinds, words, strict=True))
     except ValueError as error:
-        refuse(flag, shown, str(error))
+        refuse(flag, shown, str(error) + (f", or {flag.none_word}" if flag.none_word is not None else ""))
     value = values if flag.size > 1 or flag.is_list else values[0]
     if isinstance(value, str):
         value = flag.aliases.get(value, value)
@@ -352,7 +349,7 @@ def read_file(flags: Mapping[str, Flag], path: Path) -> dict[str, Given]:
     """Settings from a YAML file. Every scalar is text that goes through the parser of the command line."""
     import yaml
 
-    given: dict[str, Given] = {}
+    found: dict[str, Given] = {}
     for key, node in yaml_pairs(path):
         place = f"{printable(str(path))} line {key.start_mark.line + 1}"
         name = str(key.value).replace("-", "_")
@@ -360,16 +357,24 @@ def read_file(flags: Mapping[str, Flag], path: Path) -> dict[str, Given]:
             guess = closest(name, list(flags))
             hint = f"; did you mean {guess}?" if guess else ""
             raise ConfigError(f"{place}: there is no setting {printable(name)}{hint}")
-        if name in given:
+        if name in found:
             raise ConfigError(f"{place}: {name} is set twice; keep one of the two")
         items = node.value if isinstance(node, yaml.SequenceNode) else [node]
         if not all(isinstance(item, yaml.ScalarNode) for item in items):
             raise ConfigError(f"{place}: {name} must be a value or a list of values")
         try:
-            given[name] = Given(parse(flags[name], [str(item.value) for item in items]), str(path))
+            found[name] = Given(parse(flags[name], [str(item.value) for item in items]), str(path))
         except ConfigError as error:
             raise ConfigError(f"{place}: {error}") from error
-    return given
+    return asked_for(found, flags, path)
+
+
+def asked_for(found: Mapping[str, Given], flags: Mapping[str, Flag], path: Path) -> dict[str, Given]:
+    """What was asked for of what a file says: a run's own file names defaults too, without a remark."""
+    lines = path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else []  # no pipe twice
+    ours = lines if lines[:1] == [SAVED] else []
+    named = {line.split(":")[0] for line in ours if "  # " not in line}
+    return {n: item for n, item in found.items() if n not in named or item.value != flags[n].default}
 
 
 def yaml_pairs(path: Path) -> list[tuple["yaml.Node", "yaml.Node"]]:

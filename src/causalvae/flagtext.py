@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from causalvae.flags import Flag, Given, MemoryBudget, Resolution, flags_of, printable, to_text
+from causalvae.flags import SAVED, Flag, Given, MemoryBudget, Resolution, flags_of, printable, to_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -88,11 +88,9 @@ def markdown(table: "type[DataclassInstance]", *, title: str) -> str:
 def to_yaml(settings: "DataclassInstance", given: Mapping[str, Given] | None = None) -> str:
     """Every setting in force, by group, with a remark where it came from if not from the defaults.
 
-    `--config` takes it back and gives the same settings.
+    `--config` takes it back and gives the same settings, and what has no remark counts as not given.
     """
-    lines = [
-        "# Every setting in force; `--config` takes this file back. A remark says where a value was given."
-    ]
+    lines = [SAVED]
     for group, flags in grouped(flags_of(settings)).items():
         lines += ["", f"# {group}"]
         for flag in flags:

@@ -306,7 +306,7 @@ def seconds_per_step(settings: TrainSettings, precision: Precision, loaded: Load
         perceptual.module.to(device)
     loss = loss_plan(settings, perceptual)
     built = build_state(
-        settings, device, start=None, loaded=loaded, precision=precision, loss=loss, scaled=False
+        settings, device, start=None, loaded=loaded, precision=precision, loss=loss, scaled=()
     )
     times: list[float] = []
     while len(times) < 1 + STEPS_MEASURED and (not times or times[0] < LONG_STEP):

@@ -184,12 +184,15 @@ def _named(choice: str, *, shelf: Shelf, progress: bool) -> tuple[Perceptual, li
         )
     if path.is_dir() and (path / PROGRAM).exists():
         path = path / PROGRAM
-    if path.suffix == ".pt2":
+    try:
+        if path.suffix != ".pt2":
+            return _by_content(path), []
         return _program(path), [
             f"--perceptual {choice}: {path.name} is a program that runs with your rights; use it only if you "
             "exported it yourself or trust who did"
         ]
-    return _by_content(path), []
+    except WeightsError as error:
+        raise WeightsError(f"--perceptual {error}", status=error.status) from error
 
 
 def _lpips_published(backbone: LpipsBackbone, *, shelf: Shelf, progress: bool) -> Perceptual:
@@ -295,6 +298,10 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         return read_safetensors(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:  # torch advises to read it without care
+        raise WeightsError(
+            f"{path}: not a file of torch weights, or one that holds more than them"
+        ) from error
     except UNREADABLE as error:
         raise WeightsError(f"{path}: not a whole file of torch weights ({_first_line(error)})") from error
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):

@@ -28,7 +28,14 @@ from causalvae.rundir import Checkpoint, RunDir, damage
 from causalvae.train.compiling import back_to_eager, compile_errors, uncompiled
 from causalvae.train.debug import BadPlace, Watch
 from causalvae.train.heldout import evaluate_held_out, in_words
-from causalvae.train.optim import clip_by_unit, clip_gradients, learning_rate, set_learning_rate
+from causalvae.train.optim import (
+    SMALLEST_SCALE,
+    LossScale,
+    clip_by_unit,
+    clip_gradients,
+    learning_rate,
+    set_learning_rate,
+)
 from causalvae.train.plan import StepPlan, smaller
 from causalvae.train.replay import explain_bad_step, write_replay
 from causalvae.train.runlog import RunLog
@@ -49,7 +56,7 @@ class Training:
     """The parts of one run in one process. facts: what run.json says but for the warnings.
 
     loader: None where one step is repeated. samples: the clips that are reconstructed at every save, uint8
-    3 t h w. held_out: videos for eval_steps.
+    3 t h w. held_out: videos for eval_steps. critic_stands: its last update was not finite, and was told.
     """
 
     settings: TrainSettings
@@ -64,6 +71,7 @@ class Training:
     step_plan: StepPlan
     facts: dict[str, Any]  # Any: JSON
     saved: int = -1
+    critic_stands: bool = False
 
 
 def train_until_done(training: Training, stop: StopRequest) -> None:
@@ -182,8 +190,8 @@ def _plan_smaller(training: Training, error: RuntimeError, *, clips: int) -> Non
     plan = smaller(training.step_plan, clips=clips)
     if plan is None:
         raise RunError(
-            f"step {training.state.step + 1}: there is not enough memory for a step of this size; lower "
-            "--batch_size, --resolution or --video_num_frames. The last checkpoint is intact",
+            f"step {training.state.step + 1}: there is not enough memory for a step of this size; "
+            f"{_again(training)} with a lower --batch_size, --resolution or --video_num_frames",
             status=1,
         ) from error
     training.step_plan = plan
@@ -197,10 +205,18 @@ def _half_done(training: Training, error: RuntimeError) -> RuntimeError | RunErr
     if not _out_of_memory(error):
         return error
     return RunError(
-        f"step {training.state.step}: the critic found too little memory. The last checkpoint is intact: "
-        "give the command again with --memory lean, or with a smaller --batch_size",
+        f"step {training.state.step}: the critic found too little memory; give the command again with "
+        f"--memory lean, or {_again(training)} with a smaller --batch_size",
         status=1,
     )
+
+
+def _again(training: Training) -> str:
+    """How to begin again with other settings: a run that has a checkpoint refuses them."""
+    if not any(each.full for each in training.run.checkpoints()):
+        return "start again"
+    path = training.run.path / "checkpoints" / "step-N"
+    return f"start another run from a good checkpoint (--exp_name NEW --load_from_checkpoint {path})"
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
@@ -285,23 +301,32 @@ def _report(training: Training, result: StepResult, *, clips: Clips, rate: float
         "memory_gib": _peak_memory(training.state.logvar.device) / 2**30,
     }
     if not result.applied:
-        numbers = {
-            name: value
-            for name, value in numbers.items()
-            if name in ("cursor", "learning_rate", "loss_scale")
-        }
+        numbers = {name: numbers[name] for name in ("cursor", "learning_rate", "loss_scale")}
         numbers["skipped"] = training.state.skipped
         training.log.warn(
-            f"step {training.state.step}: loss or gradients not finite, nothing updated; clips: "
-            f"{', '.join(names)}"
+            f"step {training.state.step}: loss or gradients not finite, nothing updated"
+            f"{_falls(training.state.scale)}; clips: {', '.join(names)}"
+        )
+    stands, before = result.critic_stands, training.critic_stands
+    if result.applied:
+        training.critic_stands = stands
+    if stands and not before:
+        training.log.warn(
+            f"step {training.state.step}: the critic's gradients are not finite, it was not updated"
+            f"{_falls(training.state.critic_scale)}"
         )
     training.log.step(
         training.state.step,
         numbers,
         clips=len(names),
         wait=training.loader.take_wait() if training.loader is not None else 0.0,
-        notable=not result.applied,
+        notable=not result.applied or (stands and not before),
     )
+
+
+def _falls(scale: LossScale | None) -> str:
+    """What a loss scale makes of gradients that were not finite, as the end of a warning."""
+    return "" if scale is None else f"; the loss scale falls to {scale.value:g}"
 
 
 def _diverged(training: Training, names: Sequence[str]) -> None:
@@ -311,11 +336,10 @@ def _diverged(training: Training, names: Sequence[str]) -> None:
     target = _way_back(training) if training.settings.on_divergence == "rollback" else None
     if target is None:
         gone_back = f" after {state.rollbacks} rollbacks" if state.rollbacks else ""
-        raise RunError(
-            f"{trouble}{gone_back}. The checkpoints before are good: start again with a lower "
-            "--start_learning_rate or with --clip_grad True",
-            status=1,
-        )
+        remedy = "a lower --start_learning_rate or with --clip_grad True; --mode 1 names the first bad place"
+        if state.scale is not None and state.scale.value > SMALLEST_SCALE:
+            remedy = f"a smaller --init_loss_scale: it has fallen to {state.scale.value:g} and is too large"
+        raise RunError(f"{trouble}{gone_back}; {_again(training)} with {remedy}", status=1)
     state.roll_back(target.path)
     run.set_aside_after(state.step)
     run.rewind("metrics.jsonl", state.step)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -69,11 +69,11 @@ def build_state(
     loaded: Loaded | None,
     precision: Precision,
     loss: LossPlan,
-    scaled: bool,
+    scaled: Sequence[str],
 ) -> Built:
     """Networks, averages and optimisers, from the start or as the checkpoint has them.
 
-    loaded: the weights that a new run starts from, if they were read. scaled: a loss scale was asked for.
+    loaded: first weights of a new run, if they were read. scaled: flags of the loss scale that were given.
     """
     first = _autoencoder(settings, start=start, loaded=loaded)
     precision = _precision_of_model(first.vae, precision, device)
@@ -93,14 +93,14 @@ def build_state(
     state = _trained(settings, vae, critic, ema=ema, names=names, precision=precision, keep=checked.keep)
     state.kept = {**marks, "kernels": checked.kernels, "in_fp32": sorted(checked.keep)}
     if settings.mode != 2:
-        how = {"value": settings.init_loss_scale, "window": settings.loss_scale_window, "given": scaled}
+        how = {"value": settings.init_loss_scale, "window": settings.loss_scale_window, "given": bool(scaled)}
         state.scale = first_loss_scale(precision, **how)
         state.critic_scale = first_loss_scale(precision, **how) if critic is not None else None
     if start is not None:
         state.load(start.path)
     said = [line for line in (*notes, plan.sentence(), checked.message) if line]
-    limits = _limits(settings, vae, precision=precision, scaled=scaled)
-    return Built(state, precision, first.facts, plan, said, [*precision.warnings, *checked.notes, *limits])
+    warned = [*checked.notes, *_limits(settings, vae, precision=precision, scaled=scaled)]
+    return Built(state, precision, first.facts, plan, said, warned)
 
 
 def _precision_of_model(vae: Model, precision: Precision, device: torch.device) -> Precision:
@@ -197,11 +197,11 @@ def batch_shapes(settings: TrainSettings) -> list[tuple[int, ...]]:
     return [(plan.batch, 3, frames, *size) for frames, size in plan.shapes()]
 
 
-def _limits(settings: TrainSettings, vae: Model, *, precision: Precision, scaled: bool) -> list[str]:
+def _limits(settings: TrainSettings, vae: Model, *, precision: Precision, scaled: Sequence[str]) -> list[str]:
     """What is done otherwise than was asked for, in these numbers and with this model."""
-    said: list[str] = []
-    if scaled and precision.level == "O0":
-        said.append("--init_loss_scale has no effect: the run computes in fp32, which needs no loss scale")
+    said = list(precision.warnings)
+    if precision.level == "O0":
+        said += [f"--{n} has no effect: the run computes in fp32, which needs no loss scale" for n in scaled]
     if not isinstance(vae, DiffusersVAE):
         return said
     if precision.level in ("O2", "O3"):

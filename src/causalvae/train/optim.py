@@ -318,6 +318,7 @@ def adamw8bit(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, fl
     try:
         import bitsandbytes  # pyright: ignore[reportMissingImports]: an extra
     except ImportError as error:
-        message = "--optim adamw8bit needs a library: pip install bitsandbytes, or use --optim adamw"
+        extra = "pip install 'causalvae[adamw8bit]'"
+        message = f"--optim adamw8bit: its library is not installed: {extra}, or use --optim adamw"
         raise ConfigError(message) from error
     return bitsandbytes.optim.AdamW8bit(groups, lr=lr, betas=betas)

@@ -3,11 +3,12 @@
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+HEARD = b"stopping when this step is done; another signal ends it at once\n"
 
 
 @dataclass
@@ -24,13 +25,18 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Within this, the signals above only set a flag. The handlers that were there before come back."""
+    """Within this, the signals above set a flag and say so, as a step may take minutes.
+
+    The handlers that were there before come back.
+    """
     request = StopRequest()
 
     def handle(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  the signature of a handler
         if request.number:
             os._exit(128 + number)  # checkpoints are whole or absent at every moment
         request.number = number
+        with suppress(OSError):  # a terminal that is gone
+            os.write(2, HEARD)
 
     before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:

@@ -48,6 +48,11 @@ class StepResult:
     loss_scale: float | None = None
     critic_loss_scale: float | None = None
 
+    @property
+    def critic_stands(self) -> bool:
+        """Whether the critic judged, and was not updated because its gradient was not finite."""
+        return self.terms.critic is not None and self.critic_grad_norm is None
+
 
 @dataclass(frozen=True)
 class _Forward:

@@ -164,7 +164,7 @@ def _built(asked: _Asked, *, start: Checkpoint | None) -> Built:
         loaded=asked.loaded,
         precision=asked.precision,
         loss=loss_plan(asked.settings, asked.perceptual),
-        scaled="init_loss_scale" in given or "loss_scale_window" in given,
+        scaled=[name for name in ("init_loss_scale", "loss_scale_window") if name in given],
     )
 
 
