@@ -1,7 +1,7 @@
 """Optimisers follow their formulas, their state survives a file, learning rates equal the published ones."""
 
-import importlib.util
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,7 @@ from causalvae.train.optim import (
     set_learning_rate,
 )
 
-HAS_8BIT = importlib.util.find_spec("bitsandbytes") is not None
-KINDS = ["adamw", "adam", "sgd", "lion", *(["adamw8bit"] if HAS_8BIT else [])]
+KINDS = ["adamw", "adam", "sgd", "lion", "adamw8bit"]
 
 
 def network() -> nn.Module:
@@ -184,8 +183,18 @@ def test_state_of_an_unknown_parameter_is_refused_by_name() -> None:
         load_optimizer_tensors(optimizer, {"encoder.conv.exp_avg": torch.zeros(3)})
 
 
-@pytest.mark.skipif(HAS_8BIT, reason="its library is installed")
-def test_adamw8bit_without_its_library_says_what_to_install() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_leaves_weights_in_their_layout(kind: OptimizerKind) -> None:
+    module = network()
+    before = {name: p.stride() for name, p in module.named_parameters()}
+    assert any(not p.is_contiguous() for p in module.parameters())
+    optimizer = build_optimizer(module.named_parameters(), kind=kind, lr=0.1)
+    updated(module, optimizer, range(2))
+    assert {name: p.stride() for name, p in module.named_parameters()} == before
+
+
+def test_adamw8bit_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adamw", None)
     with pytest.raises(ConfigError, match=r"pip install 'causalvae\[adamw8bit\]'"):
         build_optimizer(network().named_parameters(), kind="adamw8bit", lr=0.1)
 

@@ -314,11 +314,27 @@ class DecoupledSGD(Optimizer):
 
 
 def adamw8bit(groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float]) -> Optimizer:
-    """AdamW with moments in 8 bits, of the bitsandbytes library. ConfigError where that is not installed."""
+    """AdamW with moments in 8 bits, of the bitsandbytes library. ConfigError where that is not installed.
+
+    Its step leaves weights in plain layout, whatever theirs was: they get it back, so that a resumed run,
+    whose weights are laid out anew, takes the same kernels.
+    """
     try:
-        import bitsandbytes  # pyright: ignore[reportMissingImports]: an extra
+        from bitsandbytes.optim.adamw import AdamW8bit
     except ImportError as error:
         extra = "pip install 'causalvae[adamw8bit]'"
         message = f"--optim adamw8bit: its library is not installed: {extra}, or use --optim adamw"
         raise ConfigError(message) from error
-    return bitsandbytes.optim.AdamW8bit(groups, lr=lr, betas=betas)
+    optimizer: Optimizer = AdamW8bit(groups, lr=lr, betas=betas)
+    strides = [(param, param.stride()) for group in optimizer.param_groups for param in group["params"]]
+
+    def lay_out_again(*_: object) -> None:
+        for param, stride in strides:
+            if param.stride() != stride:
+                plain = param.data
+                param.data = torch.empty_strided(
+                    plain.shape, stride, dtype=plain.dtype, device=plain.device
+                ).copy_(plain)
+
+    optimizer.register_step_post_hook(lay_out_again)
+    return optimizer
