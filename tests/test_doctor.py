@@ -20,7 +20,10 @@ from causalvae.texts import texts
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
-COMPILES = pytest.mark.filterwarnings("default")  # torch.compile warns about parts of torch
+# torch.compile warns about parts of torch, and uses one that warns when it is imported.
+COMPILES = pytest.mark.filterwarnings(
+    "default", "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)
 H100 = Gpu(name="H100", total_bytes=80 * GIB, free_bytes=79 * GIB, able=Capability())
 T4 = Gpu(
     name="T4", total_bytes=16 * GIB, free_bytes=15 * GIB, able=Capability(missing={"bf16": "T4 has no bf16"})

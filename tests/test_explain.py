@@ -51,7 +51,8 @@ LAPTOP = Place(
 )
 RUN: dict[str, Any] = {  # Any: words and numbers
     "batch_size": 4, "video_num_frames": 6, "resolution": 32, "max_steps": 2, "disc_start": 1,
-    "memory": "304MiB", "save_steps": 1, "keep_checkpoints": 1, "lr": "1e-4", "start_learning_rate": None,
+    "memory": "268MiB", "save_steps": 1, "keep_checkpoints": 1, "lr": "1e-4", "start_learning_rate": None,
+    "model": "tiny", "disc_type": "patchgan3d",
 }  # fmt: skip
 TINY_FACTS = ModelFacts(
     name="tiny",

@@ -5,14 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runs import assert_same_state, metrics, run, words
+from runs import SMALL, assert_same_state, metrics, run, words
 
 from causalvae.cli import main
 from causalvae.data.clips import ClipPlan, center_clip
 from causalvae.data.sources import open_source
 from causalvae.metrics import psnr
 from causalvae.models.build import build
-from causalvae.models.presets import PRESETS
 from causalvae.train.samples import reconstruct
 from causalvae.weights.tensorfiles import read_safetensors
 
@@ -41,10 +40,10 @@ def test_a_run_with_evaluation_equals_one_without_bitwise(tmp_path: Path) -> Non
     result = json.loads((looked / "run/eval/step-00000004.json").read_text())
     clip = center_clip(open_source("sample:heldout")[0], ClipPlan(frames=5, size=(32, 32)))
     averaged = read_safetensors(looked / "run/checkpoints/step-00000004/ema.safetensors")
-    recon = reconstruct(build(PRESETS["tiny"]), clip, weights=averaged)
+    recon = reconstruct(build(SMALL), clip, weights=averaged)
     assert result["weights"]["ema"]["metrics"]["psnr"]["mean"] == psnr(clip, recon)
     live = read_safetensors(looked / "run/checkpoints/step-00000004/model.safetensors")
-    recon = reconstruct(build(PRESETS["tiny"]), clip, weights=live)
+    recon = reconstruct(build(SMALL), clip, weights=live)
     assert result["weights"]["live"]["metrics"]["psnr"]["mean"] == psnr(clip, recon)
     shutil.rmtree(looked / "run/eval")
     config = (looked / "run/config.yaml").read_bytes()
@@ -58,7 +57,7 @@ def test_a_run_with_evaluation_equals_one_without_bitwise(tmp_path: Path) -> Non
 def test_mode_2_says_what_it_lacks_and_leaves_no_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main("train", flags(tmp_path, mode=2)) == 2
+    assert main("train", flags(tmp_path, mode=2, model="tiny")) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: --mode 2 evaluates a checkpoint, and ")
     assert message.count("\n") == 1

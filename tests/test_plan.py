@@ -4,6 +4,7 @@ import math
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from causalvae import rng
 from causalvae.errors import ConfigError
@@ -95,6 +96,53 @@ def test_memory_counts_while_somebody_holds_it_and_once_for_all_views() -> None:
         assert live.bytes == 4000
         del y
         assert (live.bytes, live.peak) == (0, 8000)
+
+
+def tensors_in(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def made(result: Tensor | tuple[Tensor, ...]) -> list[object]:
+    """What can be told of tensors without numbers."""
+    return [
+        (x.shape, x.stride(), x.dtype, x.storage_offset(), x.untyped_storage().nbytes())
+        for x in tensors_in(result)
+    ]
+
+
+def storages(result: Tensor | tuple[Tensor, ...]) -> set[int]:
+    return {id(x.untyped_storage()) for x in tensors_in(result)}
+
+
+def test_an_operator_makes_the_same_the_first_time_and_again() -> None:
+    x = torch.empty(2, 32, 3, 8, 8, device="meta")
+    last = x.contiguous(memory_format=torch.channels_last_3d)
+    weight, whole = (
+        torch.empty(16, 32, 3, 3, 3, device="meta"),
+        torch.empty(5, dtype=torch.int64, device="meta"),
+    )
+    number = torch.empty((), dtype=torch.float64, device="meta")
+    calls: list[Callable[[], Tensor | tuple[Tensor, ...]]] = [
+        lambda: x + last,
+        lambda: last + x,
+        lambda: x.half() * number,
+        lambda: x * x[:, :1].transpose(3, 4),
+        lambda: torch.conv3d(x, weight, padding=1),
+        lambda: torch.conv3d(last, weight, padding=(0, 1, 1), stride=2),
+        lambda: torch.native_group_norm(x, None, None, 2, 32, 192, 4, 1e-6),
+        lambda: torch.max(x, dim=1),
+        lambda: torch.cat([last, x.double()], dim=2),
+        lambda: x.sum(dim=(1, 3), keepdim=True),
+        lambda: (x + 1)[0],
+        lambda: torch.empty_like(last),
+        *(lambda factor=factor: whole * factor for factor in (1, 1.0, True)),
+    ]
+    for call in calls:
+        plain = made(call())
+        with LiveBytes():
+            first, again = call(), call()
+        assert made(first) == made(again) == plain
+        assert len(storages(first) | storages(again)) == 2 * len(storages(first))
 
 
 def test_a_prediction_touches_nothing_of_the_training() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -284,7 +285,7 @@ def test_a_disk_that_refuses_is_one_line_and_leaves_no_half_file(
 
 
 def started(weights: Path, *words: object) -> subprocess.Popen[str]:
-    """The command as a process of its own, which is writing a video by now."""
+    """The command as a process of its own, stopped while it is writing a video."""
     flags = ["--checkpoint", str(weights), "--device", "cpu"]
     out = Path(str(words[-1]))
     process = subprocess.Popen(
@@ -294,10 +295,15 @@ def started(weights: Path, *words: object) -> subprocess.Popen[str]:
         text=True,
         env=ENVIRONMENT,
     )
-    while process.poll() is None and not list(out.glob(".*.partial")):
-        time.sleep(0.001)
-    assert process.poll() is None, process.communicate()
-    return process
+    while True:
+        while process.poll() is None and not list(out.glob(".*.partial")):
+            time.sleep(0.001)
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        if list(out.glob(".*.partial")):
+            return process
+        process.send_signal(signal.SIGCONT)  # it was just done with one
+        assert process.poll() is None, process.communicate()
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -306,6 +312,7 @@ def test_a_signal_leaves_no_half_file(
 ) -> None:
     process = started(weights, long_film, tmp_path / "out")
     process.send_signal(number)
+    process.send_signal(signal.SIGCONT)
     _, errors = process.communicate()
     assert process.returncode == status, errors
     assert "Traceback" not in errors
@@ -313,15 +320,18 @@ def test_a_signal_leaves_no_half_file(
 
 
 def test_a_folder_in_use_is_refused_and_after_a_kill_the_same_command_finishes(
-    weights: Path, reconstruct: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    weights: Path,
+    long_film: Path,
+    reconstruct: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     write_film(folder / "a.mp4", frames=3)
-    write_film(folder / "b.mp4", frames=200, size=(16, 16))
+    shutil.copy(long_film, folder / "b.mp4")
     assert reconstruct(folder / "a.mp4") == 0
     process = started(weights, folder, tmp_path / "out")
-    process.send_signal(signal.SIGSTOP)  # it must not be done before it is killed
     assert reconstruct(folder) == 2
     assert f"in use by process {process.pid}" in capsys.readouterr().err
     process.kill()
@@ -329,7 +339,7 @@ def test_a_folder_in_use_is_refused_and_after_a_kill_the_same_command_finishes(
     assert list((tmp_path / "out").glob(".*.partial"))
     assert reconstruct(folder) == 0
     assert "1 reconstructed, 1 were there already" in capsys.readouterr().out
-    assert open_film(tmp_path / "out" / "b.mp4").frames == 200
+    assert open_film(tmp_path / "out" / "b.mp4").frames == 1000
     assert files_in(tmp_path / "out") == [f"{name}.mp4{end}" for name in "ab" for end in ("", ".json")]
 
 

@@ -221,9 +221,10 @@ def test_a_reader_that_goes_away_does_not_stop_the_training(tmp_path: Path) -> N
     assert "step 4: done" in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_the_python_api_trains_from_a_script(tmp_path: Path) -> None:
+def test_the_python_api_trains_from_a_script_and_imports_no_compiler(tmp_path: Path) -> None:
     script = tmp_path / "my_training.py"
     script.write_text(
+        "import sys\n"
         "import causalvae\n"
         "from causalvae.config import Resolution\n"
         "if __name__ == '__main__':\n"
@@ -233,10 +234,10 @@ def test_the_python_api_trains_from_a_script(tmp_path: Path) -> None:
         "        resolution=Resolution(32, 48), dataloader_num_workers=0)\n"
         "    first = causalvae.train(settings)\n"
         "    result = causalvae.train(settings)\n"
-        "    print(result.status, result.step, result.path)\n"
+        "    print(result.status, result.step, result.path, 'torch._dynamo' in sys.modules)\n"
     )
     environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, str(script)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"0 1 {tmp_path / 'run'}"
+    assert done.stdout.splitlines()[-1] == f"0 1 {tmp_path / 'run'} False"

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from runs import assert_same_state, tensors
+from runs import SMALL, assert_same_state, small_weights, tensors
 from safetensors.torch import load_file, save_file
 
 import causalvae
 from causalvae.data.encode import write_png
 from causalvae.flags import Resolution
 from causalvae.models.build import build
-from causalvae.models.presets import PRESETS, CausalVAEConfig
+from causalvae.models.presets import CausalVAEConfig
 from causalvae.rng import key, normal
 from causalvae.train.state import model_metadata
 from causalvae.train.trainer import RunResult
@@ -77,6 +77,8 @@ def one_thread() -> Iterator[None]:
 
 def train(folder: Path, **changes: Any) -> RunResult:
     chosen: dict[str, Any] = {**BASE, "output_dir": str(folder), **changes}
+    if not changes.keys() & {"model", "load_from_checkpoint"}:
+        chosen["load_from_checkpoint"] = str(small_weights())
     return causalvae.train(causalvae.TrainSettings(**chosen))
 
 
@@ -145,7 +147,7 @@ def test_one_half_learns_and_the_other_keeps_its_weights(
     tmp_path: Path, half: str, rests: tuple[str, str]
 ) -> None:
     common = {"train_parts": half, "start_learning_rate": 1e-3, "disc_start": 0}
-    before = build(PRESETS["tiny"]).state_dict()
+    before = build(SMALL).state_dict()
     train(tmp_path / "once", **common, max_steps=3)
     for name, tensor in tensors(tmp_path / "once", 3).items():
         kind, _, key = name.partition("/")

@@ -24,7 +24,7 @@ from causalvae.weights.mindspore import write_mindspore
 from causalvae.weights.pytorch import write_torch
 from causalvae.weights.read import read_tensors
 from causalvae.weights.tensorfiles import write_safetensors
-from causalvae.weights.writing import to_dtype
+from causalvae.weights.writing import all_finite, to_dtype
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool]
 DTYPES_BY_WORD: dict[Literal["fp32", "fp16", "bf16"], torch.dtype] = {
@@ -182,3 +182,15 @@ def test_a_folder_that_is_not_empty_is_not_written_over(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="is there already"):
         write_diffusers(tmp_path, {}, WEIGHTS, metadata={})
     assert (tmp_path / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES[:4], torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_not_finite_is_seen_wherever_it_is(value: float, dtype: torch.dtype) -> None:
+    tensor = torch.linspace(-2, 2, 41).to(dtype)
+    assert all_finite(tensor)
+    assert all_finite(tensor[:0])
+    for place in (0, 17, 40):
+        broken = tensor.clone()
+        broken[place] = value
+        assert not all_finite(broken)

@@ -8,6 +8,7 @@ import copy
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ MOST_OF_OWN_KERNELS = 20480  # b c t h, from which on torch takes oneDNN: aten/n
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 Network = TypeVar("Network", bound=nn.Module)
+Form = tuple[Sequence[int], Sequence[int], torch.dtype]  # size and stride of a tensor, and its numbers
 
 
 def on_meta(network: Network) -> Network:
@@ -44,6 +46,7 @@ class LiveBytes(TorchDispatchMode):
     """While it is entered, counts the bytes of tensors that are alive on the meta device, and their peak.
 
     A storage counts once, however many views it has, from the operation that made it until nobody holds it.
+    Working out what shapes an operator makes is slow, and blocks repeat each other: each is asked once.
     scratch: bytes that an operator with these arguments takes while it runs.
     """
 
@@ -54,6 +57,7 @@ class LiveBytes(TorchDispatchMode):
         self.bytes = 0
         self.peak = 0
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._known: dict[object, list[Form | None] | None] = {}  # by operator and `_key` of what it took
 
     # Any: whatever operators take and return
     def __torch_dispatch__(
@@ -67,10 +71,23 @@ class LiveBytes(TorchDispatchMode):
                 parts = func.decompose(*args, **(kwargs or {}))
             if parts is not NotImplemented:
                 return parts
-        result = func(*args, **(kwargs or {}))
+        result = self._result(func, args, kwargs or {})
         self.hold(result)
         if self.scratch is not None:
             self.peak = max(self.peak, self.bytes + self.scratch(func, args))
+        return result
+
+    # Any: whatever operators take and return
+    def _result(self, func: Any, args: Sequence[Any], named: dict[str, Any]) -> Any:
+        """What an operator returns: asked, or made again in the form that it had for such arguments."""
+        if not _makes_anew(func):
+            return func(*args, **named)
+        key = (func, _key(args), _key([*named.items()]))
+        forms = self._known.get(key)
+        if forms is not None:
+            return _made_again(forms[0]) if len(forms) == 1 else tuple([_made_again(form) for form in forms])
+        result = func(*args, **named)
+        self._known[key] = _forms(result)
         return result
 
     def hold(self, *found: Any) -> None:  # Any: trees of tensors
@@ -93,6 +110,46 @@ class LiveBytes(TorchDispatchMode):
         self._alive[name] = weakref.ref(storage, gone)
         self.bytes += size
         self.peak = max(self.peak, self.bytes)
+
+
+@cache
+def _makes_anew(func: Any) -> bool:  # Any: an operator
+    """Whether an operator only makes new tensors: no views, and nothing that it took is changed."""
+    returned = func._schema.returns
+    fresh = all(each.alias_info is None and str(each.type) == "Tensor" for each in returned)
+    return bool(returned) and fresh and not func._schema.is_mutable
+
+
+def _key(value: Any) -> object:  # Any: whatever operators take
+    """What a result on the meta device depends on. 1, 1.0 and True are equal and make other numbers."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, list | tuple):
+        return tuple([_key(each) for each in value])
+    return type(value), value
+
+
+def _forms(result: Any) -> list[Form | None] | None:  # Any: a tensor, or a tuple of them and of None
+    """How to make such tensors again; None if one is not the whole of a storage of its own."""
+    made = result if isinstance(result, tuple) else (result,)
+    forms: list[Form | None] = [
+        None if each is None else (each.size(), each.stride(), each.dtype) for each in made
+    ]
+    tensors = [each for each in made if each is not None]
+    again = [each for each in map(_made_again, forms) if each is not None]
+    own = len({id(tensor.untyped_storage()) for tensor in tensors}) == len(tensors)
+    whole = all(
+        x.untyped_storage().nbytes() == y.untyped_storage().nbytes()
+        for x, y in zip(tensors, again, strict=True)
+    )
+    return forms if own and whole and all(tensor.device.type == "meta" for tensor in tensors) else None
+
+
+def _made_again(form: Form | None) -> Tensor | None:
+    if form is None:
+        return None
+    size, stride, dtype = form
+    return torch.empty_strided(size, stride, dtype=dtype, device="meta")
 
 
 def cpu_scratch(func: Any, args: Sequence[Any]) -> int:  # Any: an operator and what it takes

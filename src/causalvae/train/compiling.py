@@ -81,9 +81,12 @@ def back_to_eager(vae: nn.Module, error: Exception, *, level: JitLevel) -> str:
 
 
 @contextmanager
-def uncompiled() -> Iterator[None]:
+def uncompiled(vae: nn.Module) -> Iterator[None]:
     """Compiled blocks run eager inside: for evaluation and streams, whose clips have other shapes."""
-    with torch.compiler.set_stance("force_eager"):
+    if all(block._compiled_call_impl is None for block in _blocks(vae)):
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):  # imports the compiler
         yield
 
 

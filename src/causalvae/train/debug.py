@@ -18,6 +18,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
+from causalvae.weights.writing import all_finite
+
 Direction = Literal["weights", "forward", "backward", "recomputed", "update"]
 
 PACKAGE = str(Path(__file__).parents[1])
@@ -298,7 +300,7 @@ def _changed(func: torch._ops.OpOverload, args: tuple[Any, ...], named: dict[str
 def _not_finite(tensors: Any) -> Tensor | None:  # Any: as _tensors
     """The first tensor with a value that is not finite, where it can have one."""
     for x in _tensors(tensors):
-        if x.is_floating_point() and x.numel() and not bool(torch.isfinite(x.detach()).all()):
+        if x.is_floating_point() and not all_finite(x.detach()):
             return x
     return None
 

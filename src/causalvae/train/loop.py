@@ -127,7 +127,7 @@ def evaluate_now(run: RunDir, log: RunLog, *, state: TrainState, videos: ClipSou
 def _evaluate(training: Training) -> None:
     videos = training.held_out
     assert videos is not None, "the table refuses eval_steps without eval_video_path"
-    with uncompiled():
+    with uncompiled(training.state.vae):
         evaluate_now(training.run, training.log, state=training.state, videos=videos, plan=training.plan)
 
 
@@ -378,7 +378,7 @@ def _save(training: Training) -> None:
     record(run, training.log, training.facts)
     training.log.say(f"step {state.step}: checkpoint saved in {time.monotonic() - started:.1f} s")
     if training.samples:
-        with uncompiled():
+        with uncompiled(state.vae):
             write_samples(
                 run.path / "samples", state.step, vae=state.vae, clips=training.samples, weights=state.ema
             )

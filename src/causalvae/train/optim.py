@@ -4,6 +4,7 @@ Weight decay is decoupled for every optimiser: weights shrink by lr * weight_dec
 state is exported as flat tensors named `parameter.exp_avg`, and comes back bit for bit.
 """
 
+import inspect
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,11 @@ AGC_FACTOR = 0.01  # largest ratio of gradient to weight norm, as published for 
 AGC_FLOOR = 1e-3  # smallest weight norm that counts, as published
 SMALLEST_SCALE = 1.0  # below, gradients that overflow are at fault and not the scale
 LARGEST_SCALE = 2.0**24  # above, it would rise only to overflow again
+
+# These methods of torch's optimisers import its compiler when they are first called, to have it leave them
+# alone, which takes 0.9 s. What they wrap does the same without it.
+ADD_PARAM_GROUP = inspect.unwrap(Optimizer.add_param_group)
+ADAMW_STEP = inspect.unwrap(AdamW.step)
 
 
 def build_optimizer(
@@ -54,7 +60,13 @@ def build_optimizer(
         return Lion(groups, lr=lr, betas=betas)
     if kind == "adamw8bit":
         return adamw8bit(groups, lr=lr, betas=betas)
-    return AdamW(groups, lr=lr, betas=betas, fused=True)
+    return FusedAdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def drop_gradients(optimizer: Optimizer) -> None:
+    """Leave no gradient to any parameter of an optimiser."""
+    for _, param in named(optimizer):
+        param.grad = None
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
@@ -266,11 +278,20 @@ def named(optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
     return pairs
 
 
+class FusedAdamW(AdamW):
+    """torch's AdamW in one kernel for all parameters, without torch's compiler."""
+
+    add_param_group = ADD_PARAM_GROUP
+    step = torch.no_grad()(ADAMW_STEP)
+
+
 class Lion(Optimizer):
     """Steps of one size in the direction of a sign. Chen et al., Symbolic Discovery of Optimization (2023).
 
     The sign is that of the momentum mixed with the gradient at betas[0]; the momentum follows at betas[1].
     """
+
+    add_param_group = ADD_PARAM_GROUP
 
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float]) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "weight_decay": 0.0})
@@ -294,6 +315,8 @@ class Lion(Optimizer):
 
 class DecoupledSGD(Optimizer):
     """Gradient descent with momentum: v = momentum * v + grad, weight -= lr * (v + weight_decay * weight)."""
+
+    add_param_group = ADD_PARAM_GROUP
 
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, momentum: float) -> None:
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})

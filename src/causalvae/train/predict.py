@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from causalvae.losses import LossPlan
 from causalvae.models.build import Model
 from causalvae.models.meta import LiveBytes, meta_twin, on_meta, tensors_of
-from causalvae.train.optim import MasterWeights, OptimizerKind, named
+from causalvae.train.optim import ADD_PARAM_GROUP, MasterWeights, OptimizerKind, named
 from causalvae.train.state import TrainState
 from causalvae.train.step import train_step
 
@@ -28,7 +28,7 @@ MOMENTS: dict[OptimizerKind, float] = {
     "sgd": 1.0,
     "lion": 1.0,
 }  # fp32 values per weight
-LIBRARIES = 120 * 2**20  # bytes: code that torch loads or makes at the first step, measured on a CPU
+LIBRARIES = 84 * 2**20  # bytes: code that torch loads or makes at the first step, measured on a CPU
 
 PLAIN = LossPlan()
 
@@ -124,6 +124,8 @@ def _twin(state: TrainState, *, moments: float) -> TrainState:
 
 class _Moments(Optimizer):
     """Holds as much as an optimiser holds, and updates nothing: the fused kernels make no temporaries."""
+
+    add_param_group = ADD_PARAM_GROUP
 
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], *, moments: float) -> None:
         super().__init__(named_parameters, {})

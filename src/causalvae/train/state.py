@@ -23,6 +23,7 @@ from causalvae.train.optim import (
 from causalvae.train.stability import ROLLBACK_FACTOR, LevelOff
 from causalvae.weights.read import own_entries
 from causalvae.weights.tensorfiles import read_safetensors
+from causalvae.weights.writing import all_finite
 
 COUNTERS = (
     "step",
@@ -181,7 +182,7 @@ def _load(network: nn.Module, path: Path, masters: MasterWeights | None) -> None
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
     for name, tensor in on_cpu.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise RunError(
                 f"{path.name}: {name} is not finite, so this state is not saved; the checkpoints before it "
                 "are good. Go on from the last one with a lower --start_learning_rate or --clip_grad True",

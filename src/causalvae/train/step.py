@@ -26,7 +26,7 @@ from causalvae.losses import (
 )
 from causalvae.models.base import Posterior
 from causalvae.models.build import Model
-from causalvae.train.optim import LossScale, MasterWeights, clip_gradients, unscale
+from causalvae.train.optim import LossScale, MasterWeights, clip_gradients, drop_gradients, unscale
 from causalvae.train.state import TrainState
 from causalvae.video import at_least_fp32, crop_frames, pad_frames
 
@@ -95,7 +95,7 @@ def train_step(
     if bool(torch.isfinite(answered.terms.total)):
         _backward(state, forward, x, z, answered=answered, kl_weight=loss.kl_weight, like=clip)
         norm = _update(state, ema_decay=ema_decay, clipping=clipping)
-    state.optimizer.zero_grad(set_to_none=True)
+    drop_gradients(state.optimizer)
     state.skipped = 0 if norm is not None else state.skipped + 1
     _follow(state.scale, finite=norm is not None)
     result = StepResult(answered.terms, norm, None, applied=norm is not None, loss_scale=used)
@@ -276,5 +276,5 @@ def _critic_update(
             state.lecam, real=judged.critic_logit_real, fake=judged.critic_logit_fake
         )
     _follow(scale, finite=finite)
-    state.critic_optimizer.zero_grad(set_to_none=True)
+    drop_gradients(state.critic_optimizer)
     return judged, norm if finite else None

@@ -49,6 +49,7 @@ from causalvae.train.signals import StopRequest, stop_on_signal
 from causalvae.weights.load import Loaded
 
 QUARANTINE = "quarantine.jsonl"
+ERROR = 2  # torch's deterministic mode in which a kernel that isn't raises
 NUM_SAMPLES = 2  # fixed clips that are reconstructed at every save
 
 
@@ -109,7 +110,7 @@ def train(
     if perceptual is not None:
         perceptual.module.to(device)
     precision = choose_precision(settings, device, began=began)
-    with deterministic(), stop_on_signal() as stop, RunDir(path) as run:
+    with deterministic(compiled=settings.jit_level != "O0"), stop_on_signal() as stop, RunDir(path) as run:
         settings, start = starting_point(run, settings, source=source)
         with RunLog(
             run, max_steps=settings.max_steps, log_steps=settings.log_steps, tensorboard=settings.tensorboard
@@ -169,21 +170,30 @@ def _built(asked: _Asked, *, start: Checkpoint | None) -> Built:
 
 
 @contextmanager
-def deterministic() -> Iterator[None]:
+def deterministic(*, compiled: bool) -> Iterator[None]:
     """Kernels that give the same bits every time, so that a resumed run is the one never interrupted.
 
     On a CPU this changes nothing. cuBLAS reads its variable when the first matrix product is made.
+    compiled: the compiler of torch is told as well.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     options: Any = torch.utils.deterministic  # Any: its option is a property that the stubs lack
-    before = torch.are_deterministic_algorithms_enabled(), options.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    before = torch.get_deterministic_debug_mode(), options.fill_uninitialized_memory
+    _set_deterministic(ERROR, compiled=compiled)
     options.fill_uninitialized_memory = False  # a help for debugging that costs a pass over memory
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
+        _set_deterministic(before[0], compiled=compiled)
         options.fill_uninitialized_memory = before[1]
+
+
+def _set_deterministic(mode: int, *, compiled: bool) -> None:
+    """mode: as torch numbers them. compiled: imports the compiler to tell it, which takes 0.9 s."""
+    if compiled:
+        torch.use_deterministic_algorithms(mode > 0, warn_only=mode < ERROR)
+    else:
+        torch.set_deterministic_debug_mode(mode)
 
 
 def _train(
