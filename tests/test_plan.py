@@ -40,7 +40,7 @@ from causalvae.train.step import train_step
 
 GIB = 2**30
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "memory.py"
-QUICK = ["tiny | 3d | 1 x 1 x 32 x 32", "tiny | none | 2 x 17 x 128 x 128"]
+QUICK = ["tiny | fp32 | 3d | 1 x 1 x 32 x 32", "tiny | fp32 | none | 2 x 17 x 128 x 128"]
 SEED_SHAPE = (4, 3, 17, 256, 256)
 
 
