@@ -8,6 +8,7 @@ import signal
 import string
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -134,7 +135,7 @@ def test_ctrl_c_leaves_what_was_read_to_the_next_scan(tmp_path: Path) -> None:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     while not (there := readers(slow)) and process.poll() is None:
-        continue
+        time.sleep(0.001)
     for reader in there:
         os.kill(reader, signal.SIGSTOP)
     os.killpg(process.pid, signal.SIGINT)

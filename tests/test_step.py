@@ -66,7 +66,7 @@ def test_a_batch_split_in_parts_gives_the_update_of_the_whole_batch(
     config: CausalVAEConfig, parts: int
 ) -> None:
     whole, split = state_of(config), state_of(config)
-    x, noise = batch(whole, clips=parts)
+    x, noise = batch(whole, clips=parts, size=16)
     one = other = None
     for _ in range(2):
         one = train_step(whole, x, noise, loss=LOSS, critic_loss="hinge", clipping=CLIPPING, ema_decay=0.9)
@@ -114,7 +114,7 @@ def published_order(state: TrainState, x: Tensor, noise: Tensor, *, disc_weight:
 @pytest.mark.parametrize("config", [SHUFFLE, CONV], ids=["shuffle", "conv"])
 def test_the_step_has_the_gradients_of_the_published_order_of_work(config: CausalVAEConfig) -> None:
     ours, theirs = state_of(config), state_of(config)
-    x, noise = batch(ours, clips=2)
+    x, noise = batch(ours, clips=2, size=16)
     expected = published_order(theirs, x, noise, disc_weight=LOSS.disc_weight)
     for optimizer in (ours.optimizer, ours.critic_optimizer):
         assert optimizer is not None

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ def test_an_evaluation_that_was_killed_goes_on_to_the_same_numbers(weights: Path
         records = list((tmp_path / "killed").glob("*.clips.jsonl"))
         if records and records[0].read_bytes().count(b"\n") > 3:
             killed.kill()
+        time.sleep(0.001)
     left = next((tmp_path / "killed").glob("*.clips.jsonl")).read_bytes().count(b"\n")
     for name in ("killed", "whole"):
         done = subprocess.run(
