@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
@@ -249,7 +250,6 @@ def as_data(changes: dict[str, object], place: Place) -> dict[str, Finding]:
     ({}, H100, "padded-frames", {"worked": "5", "added": "1", "shorter": "1", "latent": "2"}),
     ({"frames": "1,3,5"}, H100, "padded-frames", {"frames": "3", "worked": "5"}),
     ({"agc_factor": 2}, H100, "no-effect", {"said": "--agc_factor 2.0 has no effect: --clip_grad is False"}),
-    ({"optim": "adamw8bit"}, H100, "refused", {}),
     ({"mode": 1}, H100, "mode-debug", {}),
     ({"start_learning_rate": 1e-3}, H100, "rate-high", {"most": "2e-04"}),
     ({"start_learning_rate": 1e-4, "optim": "lion"}, H100, "rate-high", {"most": "7e-05"}),
@@ -284,6 +284,11 @@ def test_each_finding_follows_from_data(
     told = as_data(changes, place)
     assert kind in told
     assert values.items() <= told[kind].values.items()
+
+
+def test_an_optimiser_whose_library_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert "causalvae[adamw8bit]" in as_data({"optim": "adamw8bit"}, H100)["refused"].values["said"]
 
 
 @pytest.mark.parametrize(("changes", "place", "kind", "values"), [
