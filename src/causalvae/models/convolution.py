@@ -99,28 +99,37 @@ def _in_few_bits_on_a_cpu(x: Tensor) -> bool:
 def _weight_gradient(
     grad: Tensor, x: Tensor, weight: Tensor, *, stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
-    """Gradient of a 3D convolution's weight, one frame of the kernel after the other."""
-    step, before = stride[0], padding[0]
+    """Gradient of a 3D convolution's weight, one frame of the kernel after the other.
+
+    Frames go first, so that those which a frame of the kernel sees lie together: copied, if there are more
+    clips than one and the kernel has more frames than one.
+    """
+    step, before, frames = stride[0], padding[0], weight.shape[2]
+    alone = frames == step == 1 and before == 0
+    axes = (0, 2, 3, 4, 1) if alone else (2, 0, 3, 4, 1)
+    grad, x = (each.permute(axes).contiguous() for each in (grad, x))  # t b h w c, or b t h w c
     pieces: list[Tensor] = []
-    for k in range(weight.shape[2]):  # output frame t sees frame t * step + k - before
-        first = max(0, -((k - before) // step))
-        last = min(grad.shape[2] - 1, (x.shape[2] - 1 + before - k) // step)
-        if last < first:
+    for k in range(frames):  # output frame t sees frame t * step + k - before
+        pull, seen = grad, x
+        if not alone:
+            first = max(0, -((k - before) // step))
+            last = min(len(grad) - 1, (len(x) - 1 + before - k) // step)
+            start = first * step + k - before
+            pull, seen = grad[first : last + 1], x[start : start + (last - first) * step + 1 : step]
+        if len(pull) == 0:
             pieces.append(torch.zeros_like(weight[:, :, k]))
             continue
-        start = first * step + k - before
-        seen = x[:, :, start : start + (last - first) * step + 1 : step]
         pieces.append(
             torch.ops.aten.convolution_backward(
-                _frames(grad[:, :, first : last + 1]), _frames(seen), weight[:, :, k], [len(weight)],
+                _as_pictures(pull), _as_pictures(seen), weight[:, :, k], [len(weight)],
                 stride[1:], padding[1:], (1, 1), False, (0, 0), 1, (False, True, False),
             )[1]
         )  # fmt: skip
     return torch.stack(pieces, dim=2)
 
 
-def _frames(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(0, 1)  # b c t h w -> (b t) c h w
+def _as_pictures(frames: Tensor) -> Tensor:
+    return frames.flatten(0, 1).permute(0, 3, 1, 2)  # t b h w c -> (t b) c h w
 
 
 class _Context(Protocol):
