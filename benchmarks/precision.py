@@ -48,7 +48,7 @@ class Row:
     """One training and what was measured of it."""
 
     precision: Precision
-    state: TrainState
+    state: TrainState = field(init=False)  # of the seed at hand
     seconds: list[float] = field(default_factory=list)
     psnrs: list[float] = field(default_factory=list)  # of each seed
     skipped: int = 0
@@ -126,18 +126,16 @@ def main() -> None:
     found = capability(args.device, {**os.environ, ASSUME_BF16: str(int(args.assume))}, names=names)
     pixels = clips_of(args).to(args.device)
     x = to_model(pixels).contiguous(memory_format=torch.channels_last_3d)
-    chosen: list[Precision] = []
+    rows: list[Row] = []
     for name, level in ROWS:
         reason = found.missing.get(name) or (None if args.assume else found.remarks.get(name))
         if reason is None:
-            chosen.append(Precision.of(name, level, device=args.device, capability=found))
+            rows.append(Row(Precision.of(name, level, device=args.device, capability=found)))
         else:
             print(f"{name} {level}: not measured: {reason}")
-    rows = [Row(each, training(each, args, x[: args.batch_size], seed=0)) for each in chosen]
     for seed in range(args.seeds):
-        if seed:
-            for row in rows:
-                row.state = training(row.precision, args, x[: args.batch_size], seed=seed)
+        for row in rows:
+            row.state = training(row.precision, args, x[: args.batch_size], seed=seed)
         train(rows, x, args, seed=seed)
     print_table(rows, found.remarks)
 

@@ -56,11 +56,9 @@ def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: Sequence[int], padding: Sequence[int]
 ) -> Tensor:
     """x: b c t h w or b c h w -> the same axes. All in the same numbers."""
-    if x.ndim == 4:
-        return F.conv2d(x, weight, bias, stride, padding)
-    if _in_few_bits_on_a_cpu(x):
+    if _goes_by_frames(x):
         return _FewBits.apply(x, weight, bias, tuple(stride), tuple(padding))
-    return F.conv3d(x, weight, bias, stride, padding)
+    return (F.conv3d if x.ndim == 5 else F.conv2d)(x, weight, bias, stride, padding)
 
 
 def convolution_gradients(
@@ -72,16 +70,16 @@ def convolution_gradients(
     padding: Sequence[int],
     needs: Sequence[bool],
 ) -> Gradients:
-    """Gradients of a 3D convolution from that of its output; None where none is needed.
+    """Gradients of a convolution from that of its output; None where none is needed.
 
-    grad: b c' t' h' w'. x: b c t h w. needs: for x, weight and bias.
+    grad: b c' t' h' w' or b c' h' w'. x: as many axes. needs: for x, weight and bias.
     """
-    own = list(needs)
-    by_frames = _in_few_bits_on_a_cpu(x)
+    own, axes = list(needs), len(stride)
+    by_frames = _goes_by_frames(x)
     if by_frames:
         own[1:] = False, False
     found = torch.ops.aten.convolution_backward(
-        grad, x, weight, [len(weight)], stride, padding, (1, 1, 1), False, (0, 0, 0), 1, own
+        grad, x, weight, [len(weight)], stride, padding, [1] * axes, False, [0] * axes, 1, own
     )
     dx, dweight, dbias = (each if need else None for each, need in zip(found, own, strict=True))
     if by_frames and needs[1]:
@@ -91,9 +89,10 @@ def convolution_gradients(
     return dx, dweight, dbias
 
 
-def _in_few_bits_on_a_cpu(x: Tensor) -> bool:
-    """On the meta device too: memory is predicted there."""
-    return x.device.type in ("cpu", "meta") and x.dtype in (torch.bfloat16, torch.float16)
+def _goes_by_frames(x: Tensor) -> bool:
+    """Whether x: b c t h w is in few bits on a CPU. On the meta device too: memory is predicted there."""
+    few = x.dtype in (torch.bfloat16, torch.float16)
+    return x.ndim == 5 and few and x.device.type in ("cpu", "meta")
 
 
 def _weight_gradient(
@@ -119,12 +118,10 @@ def _weight_gradient(
         if len(pull) == 0:
             pieces.append(torch.zeros_like(weight[:, :, k]))
             continue
-        pieces.append(
-            torch.ops.aten.convolution_backward(
-                _as_pictures(pull), _as_pictures(seen), weight[:, :, k], [len(weight)],
-                stride[1:], padding[1:], (1, 1), False, (0, 0), 1, (False, True, False),
-            )[1]
-        )  # fmt: skip
+        flat = {"stride": stride[1:], "padding": padding[1:], "needs": (False, True, False)}
+        piece = convolution_gradients(_as_pictures(pull), _as_pictures(seen), weight[:, :, k], **flat)[1]
+        assert piece is not None
+        pieces.append(piece)
     return torch.stack(pieces, dim=2)
 
 

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from causalvae import rng
 from causalvae.files import write_whole
 from causalvae.geometry import Geometry
-from causalvae.models.convolution import Conv, convolve
+from causalvae.models.convolution import Conv, convolution_gradients, convolve
 from causalvae.models.layers import FrameConv
 from causalvae.video import crop_frames
 
@@ -192,10 +192,13 @@ def _sums_in_fp32(
     y = _convolve(x, _sum_channels(weight, 0), summed, shape)
     few_in = _sum_channels(weight, 1)
     sizes = (shape.x[0], few_in.shape[1], *shape.x[2:])
-    dx = _pulled(pull, torch.zeros(sizes), few_in, shape, (True, False, False))[0]
+    how = {"stride": shape.stride, "padding": shape.padding}
+    dx = convolution_gradients(pull, torch.zeros(sizes), few_in, **how, needs=(True, False, False))[0]
     few_out = _sum_channels(pull, 1)
     like = weight[: few_out.shape[1]]
-    dweight = _pulled(few_out, x, like, shape, (False, True, False))[1]
+    dweight = convolution_gradients(few_out, x, like, **how, needs=(False, True, False))[1]
+    assert dx is not None
+    assert dweight is not None
     axes = [axis for axis in range(pull.ndim) if axis != 1]
     return [y, dx, dweight, *([] if bias is None else [pull.sum(axes)])]
 
@@ -208,16 +211,6 @@ def _sum_channels(tensor: Tensor, axis: int) -> Tensor:
     signs = 2.0 * rng.integers((SUMS, length), n=2, base=rng.key("convolution check", "signs", length)) - 1
     moved = tensor.float().movedim(axis, 0)
     return (signs @ moved.reshape(length, -1)).view(SUMS, *moved.shape[1:]).movedim(0, axis)
-
-
-def _pulled(
-    grad: Tensor, x: Tensor, weight: Tensor, shape: ConvShape, wanted: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for x, weight and bias, where wanted."""
-    ones, zeros = [1] * len(shape.stride), [0] * len(shape.stride)
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, shape.stride, shape.padding, ones, False, zeros, 1, wanted
-    )
 
 
 def _leave_nan(largest: int) -> list[Tensor]:
